@@ -1,0 +1,90 @@
+# Lavender Pipeline. `make help` lists the targets; `make demo` and `make test` set up everything they need.
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help env demo shard precompute train eval report browse verify results world test test-full lint format clean
+
+# What to work on; empty means the default of conf/config.yaml (the embedded world, offline).
+DATA ?=
+TEACHER ?=
+MODEL ?=
+ARM ?=
+SEED ?=
+ARGS ?=
+# `make demo` only.
+SEEDS ?=
+ARMS ?=
+
+# Installed without compiled files, which takes half the time; so Python must be free to keep what it compiles.
+unexport PYTHONDONTWRITEBYTECODE
+
+VENV ?= .venv
+PYTHON := $(VENV)/bin/python
+READY := $(VENV)/.ready
+# The first Python that is new enough and can make environments.
+FIND_PYTHON = for p in python3.11 python3.12 python3.13 python3 python; do \
+	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && exit 0; done; \
+	echo "error: no Python >= 3.11 with venv found: install one (Debian: python3 python3-venv)" >&2; exit 2
+
+SETTINGS = $(if $(DATA),'data=$(DATA)') $(if $(TEACHER),'teacher=$(TEACHER)') $(if $(MODEL),'model=$(MODEL)') \
+	$(if $(ARM),'arm=$(ARM)') $(if $(SEED),'seed=$(SEED)') $(ARGS)
+CHAIN = @$(PYTHON) -m stages.chain
+
+help:  ## this list
+	@echo "make TARGET [DATA=world] [TEACHER=tiny] [MODEL=tiny] [ARM=lavender] [SEED=1] [ARGS=\"name=value ...\"]"
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 16
+
+env: $(READY)  ## the environment in .venv, from constraints.txt
+
+$(READY): pyproject.toml constraints.txt
+	@python=$$($(FIND_PYTHON)) && echo "environment: $$($$python --version), into $(VENV)" && \
+	{ $(PYTHON) -m pip --version >/dev/null 2>&1 || $$python -m venv --clear $(VENV); } && \
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(READY)  ## the whole chain on the embedded world, with a result table [SEEDS=5] [ARMS=sft,lavender,shuffled,oracle]
+	$(CHAIN) demo $(if $(SEEDS),--seeds '$(SEEDS)') $(if $(ARMS),--arms '$(ARMS)') $(SETTINGS)
+
+shard: $(READY)  ## examples of DATA into shards/<data>/examples/
+	$(CHAIN) shard $(SETTINGS)
+
+precompute: $(READY)  ## word maps of TEACHER into shards/<data>/maps/<teacher>/
+	$(CHAIN) precompute $(SETTINGS)
+
+train: $(READY)  ## MODEL with ARM and SEED into runs/<model>/<data>/<arm>-<seed>/
+	$(CHAIN) train $(SETTINGS)
+
+eval: $(READY)  ## base against every trained arm; trains sft and lavender first if they are missing
+	$(CHAIN) eval $(SETTINGS)
+
+report: $(READY)  ## one HTML page with tables, curves and attention maps
+	$(CHAIN) report $(SETTINGS)
+
+world: $(READY)  ## train the bundled tiny teacher and student again (an hour and a half) [ARGS="--out DIR --only teacher"]
+	@$(PYTHON) -m pipeline.world $(ARGS)
+
+verify: $(READY)  ## read every cached byte of DATA again and name what is damaged [ARGS=repair=true]
+	@$(PYTHON) -m stages.verify $(SETTINGS)
+
+browse: $(READY)  ## a local page over shards: point at a word, see its map
+	@$(PYTHON) -m stages.browse $(SETTINGS)
+
+results: $(READY)  ## README's numbers from results/demo.json [SUMMARY=runs/demo/summary.json MADE_BY="make demo SEEDS=5"]
+	@$(PYTHON) -m stages.readme $(SUMMARY) $(if $(MADE_BY),--made-by '$(MADE_BY)')
+
+test: $(READY)  ## the tests (some minutes)
+	@$(PYTHON) -m pytest
+
+test-full: $(READY)  ## all tests, the long ones too
+	@$(PYTHON) -m pytest -m "full or not full"
+
+lint: $(READY)  ## ruff: rules and format
+	@$(VENV)/bin/ruff check && $(VENV)/bin/ruff format --check
+
+format: $(READY)  ## ruff: repair what it can, then format
+	@$(VENV)/bin/ruff check --fix; $(VENV)/bin/ruff format
+
+clean:  ## remove caches of the tools; shards/ and runs/ stay
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -print0 | xargs -0 rm -rf

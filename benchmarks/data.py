@@ -1,0 +1,340 @@
+"""How fast the data layer is, each rate beside a simpler way on the same bytes: `make bench-data`.
+
+    python -m benchmarks.data --examples 2000 --scale 130000 --json out.json
+
+Sides of a ratio take turns in one process and the medians are compared, so that a slow moment hits both. Above 1 is
+faster than the other way.
+
+    shard_vs_bare          the shard stage against a bare loop that reads, checks (decodes) and writes the same images
+    shard_vs_webdataset    ... against webdataset's ShardWriter in such a loop
+    stream_vs_raw          examples with maps in training order against reading the same bytes and decoding the same
+                           chunks in file order
+    stream_vs_webdataset   examples alone in training order against webdataset streaming the tars
+    maps_vs_jpeg           maps of random examples from the store against one JPEG per word
+    *_bytes_per_map        on disk, files of the JPEG layout in blocks of 4 KiB
+    resume_seconds         from nothing to the first batch in the middle of an epoch, at `--scale` examples
+    scale_*                `--scale` small examples: seconds to shard and open them, and peak memory of that process
+
+The last line is `RESULT {...}`.
+"""
+
+import argparse
+import io
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from pipeline import receipts
+from pipeline.archive.read import Archive
+from pipeline.archive.stage import shard
+from pipeline.archive.stream import Stream
+from pipeline.config import Config
+from pipeline.engine import EngineConfig
+from pipeline.mapstore.exchange import to_jpeg
+from pipeline.mapstore.read import Group, MapStore
+from pipeline.mapstore.schema import CHUNK, SIDE, example_maps
+from pipeline.mapstore.write import write_shard
+from pipeline.sources.config import DataConfig
+
+BLOCK = 4096  # what a small file takes on most file systems
+ANSWER = "A large dog with a red collar runs over the wet grass, and behind it a man in a yellow coat is laughing."
+
+
+def conversation(number: int) -> list[dict]:
+    """Twenty-four words or so."""
+    return [{"from": "human", "value": "<image>\nWhat is going on?"}, {"from": "gpt", "value": f"{ANSWER} {number}"}]
+
+
+def photographs(folder: Path, count: int, side: int) -> Path:
+    """JPEG files of smooth noise, which compresses like a photograph, and a LLaVA list; returns the list."""
+    rng = np.random.default_rng(0)
+    (folder / "images").mkdir(parents=True)
+    records = []
+    for number in range(count):
+        small = Image.fromarray(rng.integers(0, 255, (side // 8, side // 8, 3), np.uint8))
+        small.resize((side, side), Image.Resampling.BICUBIC).save(folder / "images" / f"{number}.jpg", quality=90)
+        records.append({"id": str(number), "image": f"images/{number}.jpg", "conversations": conversation(number)})
+    (folder / "list.json").write_text(json.dumps(records))
+    return folder / "list.json"
+
+
+def config(source: Path, shards: Path, **data) -> Config:
+    """The shard stage on one worker, so that cores are equal."""
+    settings = DataConfig(**{"name": "d", "kind": "llava_json", "path": str(source), **data})
+    return Config(data=settings, engine=EngineConfig(workers=1), shards_dir=str(shards))
+
+
+def rates(sides: dict[str, Callable[[], int]], repeat: int) -> dict[str, float]:
+    """Items per second of each side: medians of runs that take turns, after one round for warming up."""
+    taken: dict[str, list[float]] = {name: [] for name in sides}
+    for turn in range(repeat + 1):
+        for name, run in sides.items():
+            start = time.perf_counter()
+            count = run()
+            if turn:
+                taken[name].append(count / (time.perf_counter() - start))
+    return {name: statistics.median(found) for name, found in taken.items()}
+
+
+# --- shard ---
+
+
+def shard_rates(source: Path, folder: Path, repeat: int) -> dict[str, float]:
+    records = json.loads(source.read_text())
+
+    def ours() -> int:
+        shutil.rmtree(folder / "ours", ignore_errors=True)
+        return shard(config(source, folder / "ours")).counts["examples"]
+
+    def read(record: dict) -> bytes:
+        data = (source.parent / record["image"]).read_bytes()
+        with Image.open(io.BytesIO(data)) as image:
+            image.convert("RGB")
+        return data
+
+    def bare() -> int:
+        with (folder / "bare.bin").open("wb") as file:
+            for record in records:
+                file.write(read(record))
+                file.write(json.dumps(record["conversations"]).encode())
+        return len(records)
+
+    def writer() -> int:
+        import webdataset
+
+        with webdataset.ShardWriter(str(folder / "wds-%05d.tar"), maxcount=1000, verbose=0) as sink:
+            for number, record in enumerate(records):
+                sink.write({"__key__": f"{number:09d}", "jpg": read(record), "json": record["conversations"]})
+        return len(records)
+
+    return rates({"ours": ours, "bare": bare, "webdataset": writer}, repeat)
+
+
+# --- maps ---
+
+
+def smooth_maps(count: int, seed: int) -> np.ndarray:
+    """(count, 32, 32) sums of three blobs with a little noise, as attention looks."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:SIDE, :SIDE]
+    total = 0.01 * rng.standard_normal((count, SIDE, SIDE))
+    for _ in range(3):
+        centre, width = rng.uniform(0, SIDE, (2, count, 1, 1)), rng.uniform(2, 8, (count, 1, 1))
+        total += np.exp(-((y - centre[0]) ** 2 + (x - centre[1]) ** 2) / (2 * width**2))
+    return (0.01 * total).astype(np.float32)
+
+
+def write_maps(archive: Archive, folder: Path, profile: str) -> MapStore:
+    """Maps of every word of an archive."""
+    made = []
+    for number, tar in enumerate(archive.shards):
+        rows = []
+        for example in archive.shard(number):
+            words = example.words()
+            rows.append(example_maps(example.key, words, smooth_maps(len(words), int(example.key))))
+        write_shard(folder / f"{tar.stem}.zarr", rows, profile=profile)
+        made.append(folder / f"{tar.stem}.json")
+        receipts.write(made[-1], stage="bench", settings={}, files=[folder / f"{tar.stem}.zarr"], durable=True)
+    receipts.write(folder / "manifest.json", stage="bench", settings={}, children=made)
+    return MapStore(folder, cache_bytes=1 << 30)
+
+
+def bytes_per_map(store: MapStore) -> float:
+    files = [path for path in store.folder.rglob("*") if path.is_file() and path.suffix != ".lock"]
+    words = sum(len(store.group(name).status) for name in store.shards)
+    return sum(path.stat().st_size for path in files) / words
+
+
+def write_jpegs(store: MapStore, keys: list[str], folder: Path) -> dict[str, list[Path]]:
+    """The authors' layout: a file per word."""
+    found = {}
+    for key in keys:
+        place = folder / key
+        place.mkdir(parents=True)
+        found[key] = [place / f"attention_{row}.jpg" for row in range(len(store.get(key).words))]
+        for path, levels in zip(found[key], store.get(key).maps, strict=True):
+            path.write_bytes(to_jpeg(levels))
+    return found
+
+
+def map_rates(store: MapStore, jpegs: dict[str, list[Path]], repeat: int) -> dict[str, float]:
+    direct = MapStore(store.folder)
+    keys = list(jpegs)
+    np.random.default_rng(0).shuffle(keys)
+
+    def ours() -> int:
+        return sum(len(direct.get(key).maps) for key in keys)
+
+    def files() -> int:
+        count = 0
+        for key in keys:
+            for path in jpegs[key]:
+                with Image.open(path) as image:
+                    count += np.asarray(image).shape[0] == SIDE
+        return count
+
+    return rates({"ours": ours, "jpeg": files}, repeat)
+
+
+# --- stream ---
+
+
+def stream_rates(archive: Archive, store: MapStore, repeat: int) -> dict[str, float]:
+    batch = 32
+    steps = len(archive) // batch
+    joined = Stream([archive], [store], seed=0, batch_size=batch)
+    alone = Stream([archive], [None], seed=0, batch_size=batch)
+
+    def served(stream: Stream) -> Callable[[], int]:
+        def run() -> int:
+            store._loaded.clear()  # each epoch decodes again what it has not kept
+            batches = stream.batches(workers=0)
+            return sum(len(next(batches).samples) for _ in range(steps))
+
+        return run
+
+    def raw() -> int:
+        import google_crc32c
+        from numcodecs import blosc
+
+        for tar in archive.shards:
+            with tar.open("rb") as file:
+                while file.read(1 << 20):
+                    pass
+        for name in store.shards:
+            group: Group = store.group(name)
+            for position in range(len(group._digests["maps"])):
+                file, inside = divmod(position, group._per_file // CHUNK)
+                offset, length = group._file_index(file, "")[inside]
+                data = os.pread(group._files[file], length, offset)
+                google_crc32c.value(data[:-4])
+                blosc.decompress(data[:-4])
+        return steps * batch
+
+    def webdataset() -> int:
+        from webdataset import WebDataset
+
+        dataset = WebDataset([str(tar) for tar in archive.shards], shardshuffle=False).shuffle(1000)
+        return sum(1 for sample in dataset if json.loads(sample["json"]))
+
+    return rates({"joined": served(joined), "raw": raw, "alone": served(alone), "webdataset": webdataset}, repeat)
+
+
+# --- scale ---
+
+
+def scale(count: int, folder: Path) -> dict[str, float]:
+    """Shards and opens `count` small examples in a process of its own."""
+    run = subprocess.run(
+        [sys.executable, "-m", "benchmarks.data", "--scale-only", str(count), "--folder", str(folder)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if run.returncode:
+        raise RuntimeError(run.stderr)
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def scale_here(count: int, folder: Path) -> dict[str, float]:
+    folder.mkdir(parents=True, exist_ok=True)
+    images = []
+    for number in range(16):
+        buffer = io.BytesIO()
+        Image.new("RGB", (16, 16), (16 * number, 0, 0)).save(buffer, "PNG")
+        (folder / f"{number}.png").write_bytes(buffer.getvalue())
+        images.append(f"{number}.png")
+    with (folder / "list.jsonl").open("w") as file:
+        for number in range(count):
+            record = {"id": str(number), "image": images[number % 16], "conversations": conversation(number)}
+            file.write(json.dumps(record) + "\n")
+    start = time.perf_counter()
+    shard(config(folder / "list.jsonl", folder / "shards"))
+    seconds = time.perf_counter() - start
+    start = time.perf_counter()
+    archive = Archive(folder / "shards" / "d" / "examples" / "train")
+    opened = time.perf_counter() - start
+    start = time.perf_counter()
+    archive = Archive(folder / "shards" / "d" / "examples" / "train")
+    stream = Stream([archive], [None], seed=0, batch_size=32, window_bytes=1 << 28)
+    samples = stream.batch(count // 2 * 3).samples
+    resumed = time.perf_counter() - start
+    assert len(samples) == 32
+    # Not getrusage, which begins with the peak of the process that started this one.
+    status = Path("/proc/self/status").read_text()
+    peak = int(status.partition("VmHWM:")[2].split()[0]) / 1024
+    return {"seconds": seconds, "open": opened, "resume": resumed, "peak_mb": peak}
+
+
+def measure(examples: int, side: int, count: int, repeat: int, folder: Path) -> dict[str, float]:
+    """Everything, as the keys of RESULT."""
+    source = photographs(folder / "photographs", examples, side)
+    sharding = shard_rates(source, folder, repeat)
+    archive = Archive(folder / "ours" / "d" / "examples" / "train")
+    exact = write_maps(archive, folder / "exact", "exact")
+    compact = write_maps(archive, folder / "compact", "compact")
+    some = archive.keys[: max(1, min(len(archive), 100))]
+    jpegs = write_jpegs(exact, some, folder / "jpeg")
+    maps = map_rates(exact, jpegs, repeat)
+    streaming = stream_rates(archive, exact, repeat)
+    error = max(float(np.abs(compact.get(key).unit() - exact.get(key).unit()).max(initial=0)) for key in some)
+    sizes = [path.stat().st_size for paths in jpegs.values() for path in paths]
+    small, large = scale(max(count // 10, 1), folder / "scale-small"), scale(count, folder / "scale")
+    return {
+        "examples": examples,
+        "shard_per_second": sharding["ours"],
+        "shard_vs_bare": sharding["ours"] / sharding["bare"],
+        "shard_vs_webdataset": sharding["ours"] / sharding["webdataset"],
+        "stream_per_second": streaming["joined"],
+        "stream_vs_raw": streaming["joined"] / streaming["raw"],
+        "stream_vs_webdataset": streaming["alone"] / streaming["webdataset"],
+        "maps_per_second": maps["ours"],
+        "maps_vs_jpeg": maps["ours"] / maps["jpeg"],
+        "exact_bytes_per_map": bytes_per_map(exact),
+        "compact_bytes_per_map": bytes_per_map(compact),
+        "compact_max_error": error,
+        "jpeg_bytes_per_map": float(np.mean([-(-size // BLOCK) * BLOCK for size in sizes])),
+        "resume_seconds": large["resume"],
+        "scale_examples": count,
+        f"scale_seconds_{count // 1000}k": large["seconds"],
+        "scale_open_seconds": large["open"],
+        "scale_seconds_tenth": small["seconds"],
+        "scale_peak_mb": large["peak_mb"],
+        "scale_peak_mb_tenth": small["peak_mb"],
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--examples", type=int, default=2000, help="for the ratios")
+    parser.add_argument("--side", type=int, default=384, help="pixels of an image's side")
+    parser.add_argument("--scale", type=int, default=130_000)
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--json", type=Path, help="where to write the result")
+    parser.add_argument("--scale-only", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, default=None, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.scale_only:
+        print(json.dumps(scale_here(given.scale_only, given.folder)))
+        return 0
+    with tempfile.TemporaryDirectory(prefix="bench-data-") as folder:
+        found = measure(given.examples, given.side, given.scale, given.repeat, Path(folder))
+    result = {name: round(value, 4) if isinstance(value, float) else value for name, value in found.items()}
+    if given.json:
+        given.json.write_text(json.dumps(result, indent=1) + "\n")
+    for name, value in result.items():
+        print(f"{name:24} {value:,}")
+    print(f"RESULT {json.dumps(result)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

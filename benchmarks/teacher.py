@@ -1,0 +1,333 @@
+"""What the capture costs: `make bench-teacher`.
+
+    python -m benchmarks.teacher --shapes sd14 --batch 1 --repeat 3 --json out.json
+
+Random weights in the shapes of Stable Diffusion v1.4 (or a tiny model for a smoke run), one thread unless `--threads`
+says more. All arms of a ratio run in turns in one process, so that a slow moment hits them alike; memory is measured
+with each arm in a process of its own, as the peak above what the weights take. Arms, all ending at the same block:
+
+    bare     the conditional forward with fused attention and no capture
+    capture  the same with word maps of all layers summed up inside the attention
+    refine   the same with self-attention refinement of power 1
+    store    every head of every layer kept and turned into maps word by word afterwards, as DAAM does
+    early    capture of the middle grids only, ending at their last block
+    full     the whole UNet, no capture (for what the early exit saves)
+
+The last line is `RESULT {...}`.
+"""
+
+import argparse
+import gc
+import io
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from pipeline.examples import Example, Turn
+from pipeline.teacher.capture import Capture, token_weights
+from pipeline.teacher.config import TeacherConfig
+from pipeline.teacher.extract import Item, Teacher
+from pipeline.teacher.unet import UNetAdapter
+from pipeline.teacher.windows import teacher_texts
+
+CAPTION = (
+    "What is going on here?",
+    "A man in a red jacket rides a brown horse along the beach, and two dogs run behind.",
+)
+ARMS = ("bare", "capture", "refine", "store", "early", "full")
+NULL_TEXT = {"steps": 50, "inner": 10}
+
+
+def parts(shapes: str) -> dict:
+    """Random components in the shapes of Stable Diffusion v1.4, or tiny ones."""
+    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    torch.manual_seed(0)
+    real = shapes == "sd14"
+    alphabet = sorted(ByteLevel.alphabet())
+    vocab = {token: n for n, token in enumerate(alphabet + [c + "</w>" for c in alphabet])}
+    vocab |= {"<|startoftext|>": len(vocab), "<|endoftext|>": len(vocab) + 1}
+    tokenizer = CLIPTokenizer(vocab=vocab, merges=[], model_max_length=128 if not real else 77)
+    widths = (320, 640, 1280, 1280) if real else (32, 64)
+    unet = UNet2DConditionModel(
+        sample_size=64 if real else 16,
+        block_out_channels=widths,
+        layers_per_block=2 if real else 1,
+        norm_num_groups=32 if real else 8,
+        down_block_types=("CrossAttnDownBlock2D",) * (len(widths) - 1) + ("DownBlock2D",),
+        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * (len(widths) - 1),
+        cross_attention_dim=768 if real else 32,
+        attention_head_dim=8 if real else 2,
+    )
+    vae_widths = (128, 256, 512, 512) if real else (16, 32)
+    vae = AutoencoderKL(
+        block_out_channels=vae_widths,
+        down_block_types=("DownEncoderBlock2D",) * len(vae_widths),
+        up_block_types=("UpDecoderBlock2D",) * len(vae_widths),
+        layers_per_block=2 if real else 1,
+        norm_num_groups=32 if real else 8,
+        latent_channels=4,
+    )
+    vae.decoder = vae.post_quant_conv = None
+    width = 768 if real else 32
+    text = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=12 if real else 2,
+        num_attention_heads=12 if real else 2,
+        max_position_embeddings=tokenizer.model_max_length,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    found = {
+        "unet": unet,
+        "vae": vae,
+        "text_encoder": CLIPTextModel(text),
+        "tokenizer": tokenizer,
+        "scheduler": DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
+    }
+    for part in found.values():
+        if isinstance(part, torch.nn.Module):
+            part.eval().requires_grad_(False)
+    return found
+
+
+class StoreAll:
+    """DAAM's way: the probabilities of every head, kept until the end."""
+
+    def __init__(self, kept: list[torch.Tensor]):
+        self.kept = kept
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None):
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        q, k, v = (attn.head_to_batch_dim(part(x)) for part, x in (
+            (attn.to_q, hidden_states), (attn.to_k, context), (attn.to_v, context)))  # fmt: skip
+        if encoder_hidden_states is None:
+            shape = (-1, attn.heads)
+            out = F.scaled_dot_product_attention(*(x.unflatten(0, shape) for x in (q, k, v))).flatten(0, 1)
+        else:
+            probs = attn.get_attention_scores(q, k, attention_mask)
+            self.kept.append(probs.unflatten(0, (-1, attn.heads)))
+            out = probs @ v
+        return attn.to_out[0](attn.batch_to_head_dim(out))
+
+
+class Bench:
+    """The arms over one model and one batch."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.batch = args.batch
+        cfg = TeacherConfig(name="bench", path="random", batch_size=args.batch, dtype=args.dtype, timesteps=[100])
+        refined = TeacherConfig(**{**vars(cfg), "refine": 1, "refine_resolution": 32 if args.shapes == "sd14" else 16})
+        self.device = torch.device(args.device)
+        found = parts(args.shapes)
+        dtype = getattr(torch, args.dtype)
+        for part in found.values():
+            if isinstance(part, torch.nn.Module):
+                part.to(self.device, dtype)
+        self.whole = found["unet"]
+        middle = [16, 32] if args.shapes == "sd14" else [8]
+        early = TeacherConfig(**{**vars(cfg), "resolutions": middle})
+        self.processors: dict[str, dict] = {}
+        self.adapters = {}
+        for name, settings in (("refine", refined), ("early", early), ("capture", cfg)):
+            self.adapters[name] = UNetAdapter(found, settings, self.device)
+            self.processors[name] = dict(self.whole.attn_processors)
+        self.teacher = Teacher(cfg, self.adapters["capture"])
+        turns = (Turn("user", CAPTION[0]), Turn("assistant", CAPTION[1]))
+        self.text = teacher_texts(Example("0", None, "", turns, "", "", ""))[0]
+        side = self.adapters["capture"].text
+        spans = [span for span in self.text.spans if span[1] <= 70][: side.limit]
+        groups = [[[ranges] for ranges in side.ranges(self.text.text[:70], spans)]] * args.batch
+        self.tokens_BTW = token_weights(groups, side.positions, len(spans)).to(self.device)
+        adapter = self.adapters["capture"]
+        size = (adapter.side, adapter.side)
+        self.grids = {name: own.grids(size) for name, own in self.adapters.items()}
+        self.latents = torch.randn((args.batch, *adapter.latent_shape(size)), device=self.device)
+        self.condition = adapter.condition([self.text.text[:70]] * args.batch)
+
+    @torch.no_grad()
+    def run(self, arm: str) -> None:
+        """One forward of an arm, with its maps where it makes any."""
+        adapter = self.adapters.get(arm, self.adapters["capture"])
+        if arm == "store":
+            self._store(adapter)
+        elif arm in self.adapters:
+            self.whole.set_attn_processor(dict(self.processors[arm]))
+            capture = Capture(self.grids[arm], self.tokens_BTW, None, adapter.cfg.refine, adapter.refine_side)
+            adapter.forward(self.latents, 100, self.condition, capture)
+            capture.word_maps()
+        else:
+            self.whole.set_attn_processor(dict(self.processors["capture"]))
+            unet = self.whole if arm == "full" else adapter.unet
+            adapter._run(unet, self.latents, 100, self.condition, self.condition.hidden_BTC, None)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def _store(self, adapter: UNetAdapter) -> None:
+        kept: list[torch.Tensor] = []
+        self.whole.set_attn_processor({name: StoreAll(kept) for name in self.whole.attn_processors})
+        adapter._run(adapter.unet, self.latents, 100, self.condition, self.condition.hidden_BTC, None)
+        for row in range(self.batch):
+            for word in range(self.tokens_BTW.shape[2]):
+                maps = []
+                for position in self.tokens_BTW[row, :, word].nonzero().flatten().tolist():
+                    for probs_BHNT in kept:
+                        side = int(probs_BHNT.shape[2] ** 0.5)
+                        heads_HYX = probs_BHNT[row, :, :, position].float().unflatten(-1, (side, side))
+                        maps.append(F.interpolate(heads_HYX[None], size=(64, 64), mode="bicubic").clamp_min(0)[0])
+                torch.stack([m.mean(0) for m in maps]).mean(0)
+
+
+def in_turns(runs: dict[str, Callable[[], None]], repeat: int) -> dict[str, float]:
+    """Median seconds of each run; the runs take turns, after one turn to warm up."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(repeat + 1):
+        for name, call in runs.items():
+            gc.collect()
+            began = time.perf_counter()
+            call()
+            if turn:
+                seconds[name].append(time.perf_counter() - began)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def peak_above_weights(arm: str, args: argparse.Namespace) -> int:
+    """Bytes that an arm needs above the weights: a process of its own, peak after loading minus what was there."""
+    bench = Bench(args)
+    if args.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        bench.run(arm)
+        return torch.cuda.max_memory_allocated() - before
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    bench.run(arm)
+    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(peak.split()[1]) * 1024 - before
+
+
+def memory(args: argparse.Namespace) -> dict[str, int]:
+    """Bytes above the weights of each arm."""
+    found = {}
+    for arm in ("bare", "capture", "refine", "store"):
+        command = [sys.executable, "-m", "benchmarks.teacher", "--memory-of", arm, "--shapes", args.shapes,
+                   "--batch", str(args.batch), "--threads", str(args.threads), "--dtype", args.dtype,
+                   "--device", args.device]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        found[arm] = int(done.stdout.split()[-1])
+    return found
+
+
+@torch.no_grad()
+def stage(bench: Bench, images: int) -> dict[str, float]:
+    """Seconds of reading `images` pictures from files to stored maps, and of its bare parts one by one."""
+    from pipeline.examples import decode
+    from pipeline.mapstore.schema import example_maps
+    from pipeline.mapstore.write import write_shard
+
+    adapter = bench.adapters["capture"]
+    bench.whole.set_attn_processor(dict(bench.processors["capture"]))
+    rng = np.random.default_rng(0)
+    files = []
+    for _ in range(images):
+        out = io.BytesIO()
+        Image.fromarray(rng.integers(0, 255, (480, 640, 3), dtype=np.uint8)).save(out, "JPEG")
+        files.append(out.getvalue())
+    words = [span for span in bench.text.spans if span[1] <= 70]
+    text = type(bench.text)(bench.text.text[:70], 0, tuple(words), bench.text.words[: len(words)],
+                            tuple((n,) for n in range(len(words))))  # fmt: skip
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        items = (Item(decode(data), number, number, text, str(number)) for number, data in enumerate(files))
+        found = list(bench.teacher.read(items))
+        rows = [example_maps(str(n), list(f.words), f.maps, f.found) for n, f in enumerate(found)]
+        write_shard(Path(folder) / "00000.zarr", rows)
+    whole = time.perf_counter() - began
+
+    began = time.perf_counter()
+    pixels = [adapter.pixels(decode(data)) for data in files]
+    decoding = time.perf_counter() - began
+    batches = [torch.stack(pixels[i : i + bench.batch]) for i in range(0, images, bench.batch)]
+    began = time.perf_counter()
+    for batch in batches:
+        adapter.latents(batch)
+    encoding = time.perf_counter() - began
+    began = time.perf_counter()
+    for _ in batches:
+        adapter.condition([text.text] * bench.batch)
+    reading = time.perf_counter() - began
+    began = time.perf_counter()
+    for _ in batches:
+        bench.run("bare")
+    forward = time.perf_counter() - began
+    return {"stage": whole, "decode": decoding, "vae": encoding, "text": reading, "unet": forward}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", choices=("sd14", "tiny"), default="sd14")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--images", type=int, default=2, help="images of the whole-stage measurement")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--memory-of", choices=ARMS, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    if args.memory_of:
+        print(peak_above_weights(args.memory_of, args))
+        return 0
+    memory_of = memory(args)
+    bench = Bench(args)
+    seconds = in_turns({arm: lambda arm=arm: bench.run(arm) for arm in ARMS}, args.repeat)
+    for arm in ARMS:
+        above = f"{memory_of[arm] / 1e6:.0f} MB above the weights" if arm in memory_of else ""
+        print(f"{arm:<8} {seconds[arm]:8.3f} s  {above}", flush=True)
+    whole = stage(bench, max(args.images, args.batch))
+    bare_parts = sum(value for name, value in whole.items() if name != "stage")
+    overhead = seconds["capture"] - seconds["bare"]
+    result = {
+        "shapes": args.shapes,
+        "device": args.device,
+        "dtype": args.dtype,
+        "batch": args.batch,
+        "threads": args.threads,
+        "capture_time_ratio": seconds["capture"] / seconds["bare"],
+        "capture_memory_ratio": memory_of["capture"] / memory_of["bare"],
+        "refine_time_ratio": seconds["refine"] / seconds["bare"],
+        "refine_memory_ratio": memory_of["refine"] / memory_of["bare"],
+        "store_all_overhead_ratio": (seconds["store"] - seconds["bare"]) / max(overhead, 1e-9),
+        "store_all_memory_ratio": memory_of["store"] / memory_of["bare"],
+        "early_exit_ratio": seconds["early"] / seconds["full"],
+        "stage_vs_parts": bare_parts / whole["stage"],
+        "images_per_second": max(args.images, args.batch) / whole["stage"],
+        "nfe": 1,
+        "null_text_nfe": NULL_TEXT["steps"] * (3 + NULL_TEXT["inner"]),
+        "hours_for_130000": 130_000 * whole["stage"] / max(args.images, args.batch) / 3600,
+    }
+    result = {name: round(value, 4) if isinstance(value, float) else value for name, value in result.items()}
+    print(f"RESULT {json.dumps(result)}")
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

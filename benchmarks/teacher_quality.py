@@ -1,0 +1,259 @@
+"""Where do the teacher's maps point? Settings are chosen on one labelled split and reported on another.
+
+    python -m benchmarks.teacher_quality data=world teacher=tiny
+    python -m benchmarks.teacher_quality data=flickr30k teacher=sd14 --only val --limit 200
+
+Any data set whose examples carry `meta.regions` will do (shard it first). The sweep goes one axis at a time, each
+time keeping the best value so far by the mean of pointing game and mIoU on `val`; the last rows compare the plain mean
+over all layers with what was chosen, on `test`. The threshold of mIoU is chosen on `val` for each setting.
+A word that the teacher has no window for counts as a miss. Intervals are over images (95%, bootstrap).
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pipeline.archive.read import Archive
+from pipeline.config import Config, compose
+from pipeline.errors import UserError
+from pipeline.evaluate.intervals import mean_interval
+from pipeline.evaluate.pointing import THRESHOLDS, Pointing, best_threshold, measure, word_region
+from pipeline.examples import Example, decode
+from pipeline.layout import Layout
+from pipeline.teacher.config import TeacherConfig
+from pipeline.teacher.extract import Item, load_teacher
+from pipeline.teacher.load import device_of, load_adapter
+from pipeline.teacher.noise import image_seed
+from pipeline.teacher.windows import teacher_texts
+
+PLAIN = {"resolutions": [], "resolution_weights": [], "layers": "", "renormalise": False, "refine": 0, "draws": 1,
+         "phrases": "none", "refine_resolution": 0}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Word:
+    """A word with a known region: its image, kind (colour, shape, ...) and role, and how its map did."""
+
+    image: str
+    kind: str
+    role: str
+    found: Pointing
+
+
+def labelled(archive: Archive, limit: int) -> Iterator[Example]:
+    """The first `limit` examples (0 for all) that have an image and regions."""
+    count = 0
+    for example in archive:
+        if example.image and example.meta.get("regions"):
+            yield example
+            count += 1
+            if count == limit:
+                return
+
+
+def words(cfg: TeacherConfig, examples: Sequence[Example]) -> list[Word]:
+    """Every word of the examples that has a region, with its map under these settings."""
+    teacher = load_teacher(cfg, device_of(cfg))
+    order = []
+
+    def items() -> Iterator[Item]:
+        for example in examples:
+            image = decode(example.image)
+            seed = image_seed(cfg.seed, example.image)
+            for text in teacher_texts(example, cfg.text, cfg.phrases):
+                order.append((example, image.size[::-1]))
+                yield Item(image, seed, seed, text, example.key)
+
+    out = []
+    for number, found in enumerate(teacher.read(items())):
+        example, size = order[number]
+        for word, map_YX in zip(found.words, found.maps, strict=True):
+            region = word_region(example.meta["regions"], word.turn, word.start, word.end, size)
+            if region:
+                role = example.turns[word.turn].role
+                out.append(Word(example.key, region[1] or "word", role, measure(map_YX, region[0])))
+    if not out:
+        raise UserError("no word of these examples has a region: choose data with meta.regions")
+    return out
+
+
+def row(name: str, cfg: TeacherConfig, found: list[Word], threshold: float, seconds: float) -> dict:
+    """One line of the table: pointing game and mIoU overall, pointing by kind and role, and what chance would give."""
+    column = THRESHOLDS.index(threshold)
+    images = [word.image for word in found]
+    pointing = mean_interval([word.found.hit for word in found], images)
+    miou = mean_interval([word.found.ious[column] for word in found], images)
+    groups = {
+        **{kind: [w for w in found if w.kind == kind] for kind in sorted({w.kind for w in found})},
+        **{role: [w for w in found if w.role == role] for role in ("user", "assistant")},
+    }
+    by_group = {}
+    for group, members in groups.items():
+        if members:
+            interval = mean_interval([w.found.hit for w in members], [w.image for w in members])
+            by_group[group] = {"pointing": round(interval.value, 4), "ci95": interval.ci95, "n": interval.n}
+    return {
+        "setting": name,
+        "nfe": cfg.forwards,
+        "pointing": round(pointing.value, 4),
+        "pointing_ci95": pointing.ci95,
+        "miou": round(miou.value, 4),
+        "miou_ci95": miou.ci95,
+        "threshold": threshold,
+        "chance": round(float(np.mean([w.found.area for w in found])), 4),
+        "centre": round(float(np.mean([w.found.centre for w in found])), 4),
+        "n": len(found),
+        "images": len(set(images)),
+        "by": by_group,
+        "seconds": round(seconds, 1),
+    }
+
+
+def show(line: dict) -> None:
+    by = "  ".join(f"{name} {part['pointing']:.3f}" for name, part in line["by"].items())
+    low, high = line["pointing_ci95"]
+    under, over = line["miou_ci95"]
+    print(
+        f"{line['setting']:<58} nfe {line['nfe']:<3} pointing {line['pointing']:.3f} [{low:.3f}, {high:.3f}]  "
+        f"mIoU {line['miou']:.3f} [{under:.3f}, {over:.3f}] @{line['threshold']:g}  {by}  {line['seconds']:.0f} s",
+        flush=True,
+    )
+
+
+class Sweep:
+    """Tries settings on one split and remembers what each gave."""
+
+    def __init__(self, base: TeacherConfig, examples: Sequence[Example]):
+        self.base, self.examples = base, examples
+        self.tried: dict[str, dict] = {}
+
+    def score(self, options: dict) -> float:
+        """Mean of pointing game and mIoU."""
+        name = described(options)
+        if name not in self.tried:
+            began = time.monotonic()
+            cfg = replace(self.base, **options)
+            found = words(cfg, self.examples)
+            threshold = best_threshold([word.found for word in found])
+            self.tried[name] = row(name, cfg, found, threshold, time.monotonic() - began)
+            show(self.tried[name])
+        line = self.tried[name]
+        return (line["pointing"] + line["miou"]) / 2
+
+    def climb(self, start: dict, axes: Sequence[Sequence[dict]]) -> dict:
+        """The best setting found by trying every value of one axis after the other."""
+        best = start
+        top = self.score(best)
+        for axis in axes:
+            for change in axis:
+                candidate = {**best, **change}
+                value = self.score(candidate)
+                if value > top + 1e-9:
+                    top, best = value, candidate
+        return best
+
+
+def described(options: dict) -> str:
+    """The settings that differ from the plain ones, in words."""
+    parts = [f"t={','.join(map(str, options['timesteps']))}"]
+    for name, value in options.items():
+        if name != "timesteps" and value != PLAIN.get(name):
+            parts.append(f"{name}={','.join(map(str, value)) if isinstance(value, list) else value}")
+    return " ".join(parts)
+
+
+def axes(sides: list[int], timesteps: list[int], most: int) -> list[list[dict]]:
+    """What is tried: timesteps, grids, phrases, renormalisation, refinement, several timesteps and draws."""
+    pairs = [[a, b] for i, a in enumerate(sides) for b in sides[i + 1 :]]
+    grids = [{"resolutions": [side], "resolution_weights": []} for side in sides]
+    grids += [{"resolutions": pair, "resolution_weights": []} for pair in pairs]
+    several = [timesteps[i : i + n] for n in (2, 3) if n <= most for i in range(len(timesteps) - n + 1)]
+    return [
+        [{"phrases": level} for level in ("phrase", "clause", "mean")],
+        [{"timesteps": [t]} for t in timesteps],
+        grids,
+        [{"layers": layers} for layers in ("^up_blocks", "^(mid_block|up_blocks)", "^down_blocks")],
+        [{"timesteps": [t]} for t in timesteps],
+        [{"renormalise": True}],
+        [{"refine": power, "refine_resolution": side} for power in (1, 2) for side in sides if side <= 32],
+        [{"timesteps": chosen} for chosen in several] + [{"draws": n} for n in (2, 4) if n <= most],
+    ]
+
+
+def split(cfg: Config, name: str, limit: int) -> list[Example]:
+    folder = Layout(cfg).examples_dir(name)
+    if not (folder / "manifest.json").exists():
+        raise UserError(f"{folder} holds no examples: run `make shard DATA={cfg.data.name}` first")
+    found = list(labelled(Archive(folder), limit))
+    if not found:
+        raise UserError(f"no example of {folder} has regions: choose data with meta.regions")
+    return found
+
+
+def sides_of(cfg: TeacherConfig) -> list[int]:
+    """Sides of the model's attention grids."""
+    adapter = load_adapter(replace(cfg, **PLAIN), "cpu")
+    return sorted({layer.side for layer in adapter.layers})
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--val", default="val", help="split on which settings are chosen")
+    parser.add_argument("--test", default="test", help="split on which they are reported")
+    parser.add_argument(
+        "--limit", type=int, default=250, help="examples per split on which settings are chosen; 0: all"
+    )
+    parser.add_argument("--test-limit", type=int, default=500, help="examples on which they are reported; 0: all")
+    parser.add_argument("--timesteps", default="20,50,100,200,300,400", help="timesteps to try")
+    parser.add_argument("--most", type=int, default=4, help="most forwards per window to try")
+    parser.add_argument(
+        "--only", choices=("val", "configured"), help="the sweep alone, or the configured settings alone"
+    )
+    parser.add_argument("--json", type=Path, help="write all rows here")
+    args, overrides = parser.parse_known_args(argv)
+    cfg = compose(overrides)
+    torch.set_num_threads(cfg.teacher.threads)
+    timesteps = [int(t) for t in args.timesteps.split(",")]
+    rows: dict[str, list[dict]] = {"val": [], "test": []}
+
+    configured = {**{name: getattr(cfg.teacher, name) for name in PLAIN}, "timesteps": list(cfg.teacher.timesteps)}
+    plain = {**PLAIN, "timesteps": list(cfg.teacher.timesteps)[:1]}
+    sweep = Sweep(cfg.teacher, split(cfg, args.val, args.limit))
+    print(f"{cfg.teacher.name} on {cfg.data.name}/{args.val}", flush=True)
+    sweep.score(plain)
+    sweep.score(configured)
+    chosen = [plain, configured]
+    if args.only != "configured":
+        chosen.append(sweep.climb(plain, axes(sides_of(cfg.teacher), timesteps, args.most)))
+    rows["val"] = list(sweep.tried.values())
+    if args.only != "val":
+        examples = split(cfg, args.test, args.test_limit)
+        print(f"{cfg.teacher.name} on {cfg.data.name}/{args.test}", flush=True)
+        for options in chosen:
+            name = described(options)
+            if name in [line["setting"] for line in rows["test"]]:
+                continue
+            began = time.monotonic()
+            own = replace(cfg.teacher, **options)
+            threshold = sweep.tried[name]["threshold"]
+            rows["test"].append(row(name, own, words(own, examples), threshold, time.monotonic() - began))
+            show(rows["test"][-1])
+    last = (rows["test"] or rows["val"])[-1]
+    flat = {"teacher": cfg.teacher.name, "data": cfg.data.name, **{k: v for k, v in last.items() if k != "by"}}
+    print(f"RESULT {json.dumps(flat)}")
+    if args.json:
+        args.json.write_text(json.dumps({"result": flat, **rows}, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    from stages.cli import guarded
+
+    sys.exit(guarded(main))

@@ -1,0 +1,1 @@
+"""Lavender Pipeline: diffusion instruction tuning of vision-language models."""

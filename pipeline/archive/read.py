@@ -1,0 +1,176 @@
+"""Examples by number: a table of offsets and one positioned read per member, every byte checked."""
+
+import json
+import os
+import zlib
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+
+from pipeline import receipts
+from pipeline.archive.status import MANIFEST
+from pipeline.examples import KEPT, Example, Turn
+
+
+class Archive(Sequence[Example]):
+    """The examples of one split, in the order of their keys.
+
+    Opening checks the manifest and every shard's receipt, sizes and times; a shard is hashed in full when it is first
+    used, which also brings it into memory in one sequential read, and each example's bytes are compared with its CRC-32
+    on every read. Instances can be sent to workers and used from several threads.
+
+    Raises:
+        Damaged: there is no manifest, or anything is missing or changed; the message names shard and key.
+    """
+
+    def __init__(self, folder: Path | str):
+        self.folder = Path(folder)
+        manifest = receipts.check(self.folder / MANIFEST)
+        self.digest: str = manifest.digest
+        self.counts = manifest.counts
+        found = [receipts.load(self.folder / name) for name in sorted(manifest.children)]
+        self.shards = [receipt.path.with_suffix(".tar") for receipt in found]
+        self._receipts = found
+        self.sizes: list[int] = [receipt.counts["examples"] for receipt in found]
+        self.bytes: list[int] = [_shuffle_bytes(receipt) for receipt in found]
+        self._ends = list(accumulate(self.sizes))
+        self._open: dict[int, Shard] = {}
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def __getitem__(self, index: int) -> Example:
+        number, row = self._locate(index)
+        return self.shard(number)[row]
+
+    def __iter__(self) -> Iterator[Example]:
+        for number in range(len(self.shards)):
+            yield from self.shard(number)
+
+    @property
+    def keys(self) -> list[str]:
+        """Keys of all examples, in order."""
+        return [key for number in range(len(self.shards)) for key in self.shard(number).keys]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """(N,) characters of every example, for batches of similar length."""
+        return np.concatenate([self.shard(number).chars for number in range(len(self.shards))])
+
+    def shard_of(self, index: int) -> int:
+        """Number of the shard that holds example `index`."""
+        return self._locate(index)[0]
+
+    def shard(self, number: int) -> "Shard":
+        """One opened shard."""
+        shard = self._open.get(number)
+        if shard is None:
+            shard = self._open[number] = Shard(self._receipts[number])
+        return shard
+
+    def _locate(self, index: int) -> tuple[int, int]:
+        if index < 0:
+            index += len(self)
+        if not 0 <= index < len(self):
+            raise IndexError(f"{self.folder} has {len(self)} examples, not one with number {index}")
+        number = bisect_right(self._ends, index)
+        return number, index - (self._ends[number] - self.sizes[number])
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_open": {}}
+
+
+def open_shard(receipt: Path) -> "Shard":
+    """The shard that a receipt vouches for."""
+    return Shard(receipts.check(receipt))
+
+
+def _shuffle_bytes(receipt: receipts.Receipt) -> int:
+    """Memory a shard takes while it is shuffled: its tar, and a decoded map for every five characters of text.
+
+    An estimate from the text keeps the order of training the same with and without maps.
+    """
+    return receipt.files[f"{receipt.path.stem}.tar"].size + receipt.counts.get("chars", 0) // 5 * 1024
+
+
+class Shard(Sequence[Example]):
+    """One tar and its table, both hashed before anything of them is used."""
+
+    def __init__(self, receipt: receipts.Receipt):
+        self.path = path = receipt.path.with_suffix(".tar")
+        if receipts.file_sha256(path) != receipt.files[path.name].sha256:
+            raise receipts.Damaged(f"{path}: its content has changed: run the shard stage again")
+        table_path = path.with_suffix(".parquet")
+        table = _read_table(table_path, receipt.files[table_path.name].sha256)
+        self.keys: list[str] = table["key"]
+        self.ext: list[str] = table["ext"]
+        self.chars: np.ndarray = table["chars"]
+        self._image, self._json = (
+            np.stack([table[f"{member}_{name}"].astype(np.int64) for name in ("offset", "size", "crc")], axis=1)
+            for member in ("image", "json")
+        )
+        self._file = os.open(path, os.O_RDONLY)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __getitem__(self, row: int) -> Example:
+        key = self.keys[row]
+        data = self._read(row, self._json)
+        document = json.loads(data)
+        return Example(
+            key=key,
+            image=self.image(row),
+            ext=self.ext[row],
+            turns=tuple(Turn(turn["role"], turn["text"]) for turn in document["turns"]),
+            source=document["source"],
+            split=document["split"],
+            licence=document["licence"],
+            meta=document["meta"],
+        )
+
+    def image(self, row: int) -> bytes | None:
+        """The encoded image of an example, or None."""
+        return self._read(row, self._image) if self._image[row, 0] >= 0 else None
+
+    def _read(self, row: int, member_N3: np.ndarray) -> bytes:
+        offset, size, crc = member_N3[row].tolist()
+        data = os.pread(self._file, size, offset)
+        while 0 < len(data) < size and (rest := os.pread(self._file, size - len(data), offset + len(data))):
+            data += rest
+        if len(data) != size or zlib.crc32(data) != crc:
+            raise receipts.Damaged(
+                f"{self.path}: the bytes of example {self.keys[row]} have changed: run the shard stage again"
+            )
+        return data
+
+    def __del__(self) -> None:
+        if hasattr(self, "_file"):
+            os.close(self._file)
+
+
+def _read_table(path: Path, sha256: str) -> dict:
+    """Columns of the kept rows; numbers as arrays."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    data = path.read_bytes()
+    if receipts.hash_bytes(data) != sha256:
+        raise receipts.Damaged(f"{path}: its content has changed: run the shard stage again")
+    table = pq.read_table(pa.BufferReader(data), use_threads=False)
+    table = table.filter(pc.is_in(table["status"], pa.array(KEPT)))
+    return {
+        name: column.to_numpy() if pa.types.is_integer(column.type) else column.to_pylist()
+        for name, column in zip(table.column_names, table.columns, strict=True)
+    }
+
+
+def read_table(path: Path) -> list[dict]:
+    """Every row of a shard's table, failures included, as dictionaries; for people and for repairs."""
+    import pyarrow.parquet as pq
+
+    return pq.read_table(path).to_pylist()

@@ -1,0 +1,1 @@
+"""Answers, pointing and intervals: the same questions to every arm."""

@@ -1,0 +1,88 @@
+"""Scorers: a raw output and a gold answer in, an answer and right or wrong out. Each has a version that is recorded."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from dataclasses import dataclass
+
+EXACT = "exact-1"
+LIST = "set-1"
+YESNO = "yesno-1"
+CHOICE = "choice-1"
+YES_NO = ("pope", "yesno")  # kinds of question whose answer is yes or no
+
+
+@dataclass(frozen=True)
+class Score:
+    """What was understood of an output (``answer``), whether it is right, and why nothing could be understood.
+
+    ``failure`` is empty where the output could be read; else the answer counts as wrong AND as a parse failure.
+    """
+
+    answer: str
+    correct: bool
+    scorer: str
+    failure: str = ""
+
+
+def normalise(text: str) -> str:
+    """NFKC, lower case, one space between words, no punctuation at the end."""
+    text = " ".join(unicodedata.normalize("NFKC", text).lower().split())
+    while text and unicodedata.category(text[-1]).startswith("P"):
+        text = text[:-1].rstrip()
+    return text
+
+
+def as_set(text: str) -> frozenset[str]:
+    """The items of a list written with commas, semicolons, line breaks or "and"; their order does not matter."""
+    items = re.split(r"[,;\n]|\band\b|&", unicodedata.normalize("NFKC", text).lower())
+    return frozenset(filter(None, (normalise(item) for item in items)))
+
+
+def score(kind: str, raw: str, gold: str, ended: bool = True) -> Score:
+    """Scores ``raw`` by the rule of its question kind.
+
+    Lists are compared as sets; "pope" reads yes or no from the beginning of the output; "choice" reads a letter;
+    everything else is exact match after ``normalise``. An output that is empty, or still running at the longest
+    length allowed, is a parse failure and is wrong.
+    """
+    rule = {"list": _score_list, "pope": _score_yesno, "choice": _score_choice}.get(kind, _score_exact)
+    found = rule(raw, gold)
+    if found.failure:
+        return found
+    if not normalise(raw):
+        return Score("", False, found.scorer, "empty")
+    if not ended and rule in (_score_exact, _score_list):
+        return Score(found.answer, False, found.scorer, "too long")
+    return found
+
+
+def _score_exact(raw: str, gold: str) -> Score:
+    answer = normalise(raw)
+    return Score(answer, answer == normalise(gold), EXACT)
+
+
+def _score_list(raw: str, gold: str) -> Score:
+    found = as_set(raw)
+    return Score(", ".join(sorted(found)), found == as_set(gold), LIST)
+
+
+def _score_yesno(raw: str, gold: str) -> Score:
+    """The first word decides, as POPE's own script does for short answers; anything else is a failure, not a guess."""
+    first = re.match(r"\W*(yes|no)\b", normalise(raw))
+    if not first:
+        return Score("", False, YESNO, "neither yes nor no")
+    return Score(first.group(1), first.group(1) == normalise(gold), YESNO)
+
+
+def _score_choice(raw: str, gold: str) -> Score:
+    """A letter A-H, alone, before punctuation or after "answer is"; two different letters are a failure."""
+    text = unicodedata.normalize("NFKC", raw).strip()
+    start = re.match(r"[(\[]?([A-Ha-h])(?:[)\].:,]|\s*$)", text)
+    named = re.findall(r"(?i:answer|option|choice)(?i:\s+is)?\W{0,3}([A-H])\b", text)
+    letters = {start.group(1).upper()} if start else {letter.upper() for letter in named}
+    if len(letters) != 1:
+        return Score("", False, CHOICE, "several letters" if letters else "no letter")
+    letter = letters.pop()
+    return Score(letter, letter == gold.strip().upper(), CHOICE)

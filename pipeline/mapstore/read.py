@@ -1,0 +1,271 @@
+"""Reading the map store: straight from the files by position, every byte checked, nothing ever filled in.
+
+Zarr fills missing chunks with zeros by definition, so a reader of attention maps must not use it as it is: here a
+chunk that is missing, empty, damaged or in the wrong place is an error that names shard and key. The files are plain
+Zarr v3 (sharding, Blosc, CRC-32C, vlen-utf8) and any Zarr library reads them.
+"""
+
+import json
+import os
+from collections import OrderedDict
+from pathlib import Path
+from threading import Lock
+
+import numpy as np
+
+from pipeline import receipts
+from pipeline.examples import Word
+from pipeline.mapstore.schema import (
+    ATTRIBUTE,
+    CHUNK,
+    INDEX_ENTRY,
+    SCHEMA,
+    SIDE,
+    ExampleMaps,
+    decode_chunk,
+    salted_digest,
+    stored_width,
+    unpack,
+)
+from pipeline.receipts import Damaged
+
+MANIFEST = "manifest.json"
+_SMALL = {"range": "<f4", "status": "u1", "turn": "<i4", "start": "<i4", "end": "<i4", "offsets": "<i8"}
+_CACHED_CHUNKS = 16
+
+
+class MapStore:
+    """The maps of one split: `shards/<data>/maps/<teacher>/<split>/`.
+
+    Opening checks the manifest and every receipt, sizes and times; metadata files are hashed when a shard is first
+    used; every chunk is checked on every read. Instances can be sent to workers.
+
+    Args:
+        partial: accept a folder whose stage has not been closed, and use the shards that have a valid receipt.
+        cache_bytes: memory for whole decoded shards. A training stream that stays within a few shards at a time then
+            decodes each once; without it a `get` decodes the one or two chunks it needs.
+
+    Raises:
+        Damaged: there is no manifest, or anything is missing or changed.
+    """
+
+    def __init__(self, folder: Path | str, partial: bool = False, cache_bytes: int = 0):
+        self.folder = Path(folder)
+        self.cache_bytes = cache_bytes
+        manifest = self.folder / MANIFEST
+        if partial and not manifest.exists():
+            names = [path for path in sorted(self.folder.glob("[0-9]*.json")) if receipts.is_current(path)]
+            self._receipts = {path.stem: receipts.load(path) for path in names}
+            self.digest = receipts.fingerprint({name: receipt.digest for name, receipt in self._receipts.items()})
+        else:
+            closed = receipts.check(manifest)
+            self._receipts = {Path(name).stem: receipts.load(self.folder / name) for name in closed.children}
+            self.digest = closed.digest
+        self._groups: dict[str, Group] = {}
+        self._loaded: OrderedDict[str, dict[str, ExampleMaps]] = OrderedDict()
+        self._lock = Lock()
+
+    @property
+    def shards(self) -> list[str]:
+        """Names of the shards, sorted."""
+        return sorted(self._receipts)
+
+    @property
+    def keys(self) -> list[str]:
+        """Keys of all examples, those without words included."""
+        return [key for name in self.shards for key in self.group(name).keys]
+
+    def get(self, key: str) -> ExampleMaps | None:
+        """The maps of an example, or None if the store does not hold it.
+
+        Raises:
+            Damaged: a chunk is missing, damaged or in the wrong place; shard and key are named.
+        """
+        name = key[:5]
+        if name not in self._receipts:
+            return None
+        group = self.group(name)
+        if group.decoded_bytes > self.cache_bytes:
+            return group.get(key)
+        with self._lock:
+            if name not in self._loaded:
+                self._loaded[name] = {maps.key: maps for maps in group.load()}
+                self._trim()
+            self._loaded.move_to_end(name)
+            return self._loaded[name].get(key)
+
+    def _trim(self) -> None:
+        """Forgets the shards that were used longest ago."""
+        while sum(self.group(name).decoded_bytes for name in self._loaded) > self.cache_bytes:
+            self._loaded.popitem(last=False)
+
+    def group(self, name: str) -> "Group":
+        """One opened shard."""
+        group = self._groups.get(name)
+        if group is None:
+            path = self.folder / f"{name}.zarr"
+            group = self._groups[name] = Group(path, name, self._receipts[name].files[path.name].parts)
+        return group
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_groups": {}, "_loaded": OrderedDict(), "_lock": None}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update({**state, "_lock": Lock()})
+
+
+class Group:
+    """One Zarr group.
+
+    Args:
+        parts: size and sha256 of its files from the receipt; the metadata is checked against it.
+    """
+
+    def __init__(self, path: Path, shard: str, parts: dict[str, list] | None = None):
+        self.path, self.shard, self._parts = path, shard, parts
+        attributes = self._metadata("zarr.json").get("attributes", {}).get(ATTRIBUTE, {})
+        if attributes.get("schema") != SCHEMA or attributes.get("shard") != shard:
+            raise Damaged(f"{path}: is not shard {shard} of a map store of schema {SCHEMA}: run precompute again")
+        self.attrs: dict = attributes
+        self.profile: str = attributes["profile"]
+        self.width = stored_width(self.profile)
+        self._digests = attributes["digests"]
+        maps = self._metadata("maps/zarr.json")
+        self._words = maps["shape"][0]
+        self._per_file = maps["chunk_grid"]["configuration"]["chunk_shape"][0]
+        self._index: dict[int, list[list[int]]] = {}
+        self._files: dict[int, int] = {}
+        self._chunks: OrderedDict[int, np.ndarray] = OrderedDict()
+        self._lock = Lock()
+        self.keys: list[str] = self._read_keys()
+        self._row = {key: row for row, key in enumerate(self.keys)}
+        small = {name: self._read_small(name, dtype) for name, dtype in _SMALL.items()}
+        self.range, self.status, self.offsets = small["range"].reshape(-1, 2), small["status"], small["offsets"]
+        self._spans = np.stack([small["turn"], small["start"], small["end"]], axis=1)
+        if len(self.offsets) != len(self.keys) + 1 or self.offsets[-1] != self._words:
+            raise Damaged(f"{path}: its arrays do not fit together: run precompute again")
+
+    def get(self, key: str) -> ExampleMaps | None:
+        """The maps of one example, or None."""
+        row = self._row.get(key)
+        if row is None:
+            return None
+        low, high = int(self.offsets[row]), int(self.offsets[row + 1])
+        first = low // CHUNK
+        if low == high:
+            stored = np.zeros((0, SIDE, self.width), np.uint8)
+        else:
+            pieces = [self._chunk(position, key) for position in range(first, (high - 1) // CHUNK + 1)]
+            joined = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+            stored = joined[low - first * CHUNK : high - first * CHUNK]
+        return self._example(row, unpack(stored, self.profile))
+
+    @property
+    def decoded_bytes(self) -> int:
+        """Memory of all its maps."""
+        return self._words * SIDE * SIDE
+
+    def load(self) -> list[ExampleMaps]:
+        """The maps of all examples, in the tar's order; they share one block of memory of `decoded_bytes`."""
+        stored = np.empty((len(self._digests["maps"]), CHUNK, SIDE, self.width), np.uint8)
+        for position, chunk in enumerate(stored):
+            self._decode(position, self._key_at(position), chunk)
+        stored = stored.reshape(-1, SIDE, self.width)
+        maps = unpack(stored, self.profile)
+        return [self._example(row, maps[self.offsets[row] : self.offsets[row + 1]]) for row in range(len(self.keys))]
+
+    def _example(self, row: int, maps_WHW: np.ndarray) -> ExampleMaps:
+        span = slice(int(self.offsets[row]), int(self.offsets[row + 1]))
+        words = list(map(Word._make, self._spans[span].tolist()))
+        return ExampleMaps(self.keys[row], words, maps_WHW, self.range[span], self.status[span])
+
+    def _key_at(self, position: int) -> str:
+        """Key of the example that the first map of a chunk belongs to."""
+        return self.keys[int(np.searchsorted(self.offsets, position * CHUNK, side="right")) - 1]
+
+    # --- chunks of maps ---
+
+    def _chunk(self, position: int, key: str) -> np.ndarray:
+        chunk = self._chunks.get(position)
+        if chunk is None:
+            chunk = self._decode(position, key, np.empty((CHUNK, SIDE, self.width), np.uint8))
+            with self._lock:
+                self._chunks[position] = chunk
+                if len(self._chunks) > _CACHED_CHUNKS:
+                    self._chunks.popitem(last=False)
+        return chunk
+
+    def _decode(self, position: int, key: str, into: np.ndarray) -> np.ndarray:
+        where = f"{self.path}: maps of example {key}"
+        file, inside = divmod(position, self._per_file // CHUNK)
+        offset, length = self._file_index(file, where)[inside]
+        encoded = os.pread(self._files[file], length, offset) if 0 < length < 1 << 32 else b""
+        decode_chunk(encoded, where, into)
+        self._compare("maps", position, into, where)
+        return into
+
+    def _file_index(self, file: int, where: str) -> list[list[int]]:
+        """Offset and length of every chunk in a file of the sharded array."""
+        with self._lock:
+            if file not in self._index:
+                self._index[file] = self._open_file(file, where)
+            return self._index[file]
+
+    def _open_file(self, file: int, where: str) -> list[list[int]]:
+        import google_crc32c
+
+        path = self.path / "maps" / "c" / str(file) / "0" / "0"
+        try:
+            handle = self._files.setdefault(file, os.open(path, os.O_RDONLY))
+        except FileNotFoundError as error:
+            raise Damaged(f"{where}: {path.relative_to(self.path)} is missing: run precompute again") from error
+        size = self._per_file // CHUNK * INDEX_ENTRY
+        start = os.fstat(handle).st_size - size - 4
+        tail = os.pread(handle, size + 4, start) if start > 0 else b""
+        if len(tail) != size + 4 or google_crc32c.value(tail[:-4]) != int.from_bytes(tail[-4:], "little"):
+            raise Damaged(f"{where}: the index of {path.relative_to(self.path)} is damaged: run precompute again")
+        return np.frombuffer(tail[:-4], "<u8").reshape(-1, 2).tolist()
+
+    def _compare(self, array: str, position: int, data: bytes | np.ndarray, where: str) -> None:
+        if salted_digest(self.shard, array, position, data) != self._digests[array][position]:
+            raise Damaged(f"{where}: the chunk belongs somewhere else: run precompute again")
+
+    # --- small arrays and metadata ---
+
+    def _read_small(self, name: str, dtype: str) -> np.ndarray:
+        count = self._metadata(f"{name}/zarr.json")["shape"]
+        data = self._read_chunk(name, "c/0/0" if name == "range" else "c/0") if count[0] else b""
+        found = np.frombuffer(data, dtype)
+        if found.size != np.prod(count):
+            raise Damaged(f"{self.path}: array {name} has the wrong size: run precompute again")
+        return found
+
+    def _read_keys(self) -> list[str]:
+        from numcodecs.vlen import VLenUTF8
+
+        if not self._metadata("key/zarr.json")["shape"][0]:
+            return []
+        return VLenUTF8().decode(self._read_chunk("key", "c/0")).tolist()
+
+    def _read_chunk(self, name: str, chunk: str) -> bytes:
+        where = f"{self.path}: array {name}"
+        try:
+            encoded = (self.path / name / chunk).read_bytes()
+        except FileNotFoundError as error:
+            raise Damaged(f"{where}: its chunk is missing: run precompute again") from error
+        data = decode_chunk(encoded, where)
+        self._compare(name, 0, data, where)
+        return data
+
+    def _metadata(self, name: str) -> dict:
+        try:
+            data = (self.path / name).read_bytes()
+        except FileNotFoundError as error:
+            raise Damaged(f"{self.path / name}: is missing: run precompute again") from error
+        if self._parts is not None and receipts.hash_bytes(data) != self._parts.get(name, [0, ""])[1]:
+            raise Damaged(f"{self.path / name}: its content has changed: run precompute again")
+        return json.loads(data)
+
+    def __del__(self) -> None:
+        for handle in getattr(self, "_files", {}).values():
+            os.close(handle)

@@ -1,0 +1,56 @@
+"""Pictures of where a map looks: the image with the map's colours over it and the true region's outline."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+from PIL import Image
+
+SIDE = 160  # pixels of the longer side of a picture on the page
+OUTLINE = (255, 255, 255)
+
+
+def enlarge(image: Image.Image, side: int = SIDE) -> Image.Image:
+    """The image with its longer side at ``side`` pixels; small drawings keep hard pixel edges."""
+    scale = side / max(image.size)
+    size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
+    return image.resize(size, Image.Resampling.NEAREST if scale >= 2 else Image.Resampling.LANCZOS)
+
+
+def overlay(image: Image.Image, map_HW: np.ndarray, region_HW: np.ndarray | None = None, side: int = SIDE):
+    """Lays a map (any grid over the whole image, any range) over an RGB image; outlines a region's mask.
+
+    Low values darken the image, high values show it in the map's warm colours, so that the peak is seen on any image
+    and also without colour vision. A constant map is shown as all low.
+    """
+    from matplotlib import colormaps
+
+    picture = enlarge(image, side)
+    map_HW = np.asarray(map_HW, dtype=np.float32)
+    low, high = float(map_HW.min()), float(map_HW.max())
+    unit = (map_HW - low) / (high - low) if high > low else np.zeros_like(map_HW)
+    heat_HW = np.asarray(Image.fromarray(unit).resize(picture.size, Image.Resampling.BILINEAR)).clip(0, 1)
+    colours_HWC = colormaps["inferno"](heat_HW)[..., :3] * 255
+    alpha_HW1 = (0.55 + 0.2 * heat_HW)[..., None]
+    mixed = np.asarray(picture, dtype=np.float32) * (1 - alpha_HW1) + colours_HWC * alpha_HW1
+    if region_HW is not None:
+        mixed[outline(region_HW, picture.size)] = OUTLINE
+    return Image.fromarray(mixed.round().clip(0, 255).astype(np.uint8))
+
+
+def outline(region_HW: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Boundary pixels (H, W) of a mask scaled to ``size`` (width, height)."""
+    scaled = Image.fromarray(np.asarray(region_HW, dtype=np.uint8) * 255).resize(size, Image.Resampling.NEAREST)
+    inside = np.pad(np.asarray(scaled) > 0, 1)
+    core = inside[:-2, 1:-1] & inside[2:, 1:-1] & inside[1:-1, :-2] & inside[1:-1, 2:]
+    return inside[1:-1, 1:-1] & ~core
+
+
+def png(image: Image.Image, colours: int = 0) -> bytes:
+    """PNG bytes; with ``colours`` reduced to a palette, which makes small overlays three times smaller."""
+    if colours:
+        image = image.quantize(colours, dither=Image.Dither.NONE)
+    out = io.BytesIO()
+    image.save(out, "PNG", optimize=True)
+    return out.getvalue()

@@ -1,0 +1,131 @@
+"""Several data sets as one, evenly interleaved; every example keeps the name and the licence of its own.
+
+`data.parts` names them, each with the settings it would have alone and a `weight`: 1 takes it once, 0.5 every other
+input, 2 each one twice.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pipeline.errors import UserError
+from pipeline.sources.base import RawItem, Source
+from pipeline.sources.config import DataConfig
+
+if TYPE_CHECKING:
+    from pipeline.layout import Layout
+
+
+def open_source(data: DataConfig, layout: "Layout") -> "Mixture":
+    """Opens every part.
+
+    Raises:
+        UserError: no parts, a part with an unknown setting, or one that is not there.
+    """
+    from pipeline.sources import open_source as open_part
+
+    if not data.parts:
+        raise UserError(f"data '{data.name}' needs data.parts: name: {{kind, path, ...}}")
+    parts = {}
+    for name, given in data.parts.items():
+        settings, weight = part_config(name, given, data)
+        parts[name] = Part(open_part(settings, layout), settings.licence, weight, settings.limit)
+    return Mixture(parts)
+
+
+def part_config(name: str, given: Mapping[str, Any], data: DataConfig) -> tuple[DataConfig, float]:
+    """The settings of one part and its weight."""
+    known = {entry.name for entry in fields(DataConfig)}
+    settings = dict(given)
+    weight = float(settings.pop("weight", 1.0))
+    if unknown := sorted(settings.keys() - known):
+        raise UserError(
+            f"data.parts.{name}.{unknown[0]}: unknown setting; a part has {', '.join(sorted(known))}, weight"
+        )
+    if settings.get("kind") == "mixture" or weight <= 0:
+        raise UserError(f"data.parts.{name}: needs a kind other than mixture and a weight above 0")
+    if settings.get("path") in (None, "", "???"):
+        raise UserError(f"data.parts.{name}.path is not set: give data.parts.{name}.path=...")
+    return DataConfig(**{"prompt": data.prompt, "captions": data.captions, **settings, "name": name}), weight
+
+
+@dataclass
+class Part:
+    """One data set of the mixture."""
+
+    source: Source
+    licence: str
+    weight: float
+    limit: int
+
+    def available(self, split: str) -> int:
+        """Inputs of a split, with the part's own limit."""
+        count = self.source.count(split) if split in self.source.splits() else 0
+        return min(count, self.limit) if self.limit else count
+
+    def taken(self, split: str) -> int:
+        """Inputs that the mixture takes."""
+        return round(self.available(split) * self.weight)
+
+
+@dataclass
+class Mixture(Source):
+    """The parts by name."""
+
+    parts: dict[str, Part]
+    _order: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
+
+    def splits(self) -> list[str]:
+        names = {split for part in self.parts.values() for split in part.source.splits()}
+        return sorted(names, key=lambda split: (split != "train", split))
+
+    def count(self, split: str) -> int:
+        return sum(part.taken(split) for part in self.parts.values())
+
+    def items(self, split: str, start: int = 0, stop: int | None = None) -> Iterator[RawItem]:
+        order = self._interleaved(split)
+        stop = len(order) if stop is None else min(stop, len(order))
+        before = np.bincount(order[:start], minlength=len(self.parts))
+        after = np.bincount(order[:stop], minlength=len(self.parts))
+        streams = [
+            self._part_items(name, split, int(low), int(high))
+            for name, low, high in zip(self.parts, before, after, strict=True)
+        ]
+        for which in order[start:stop]:
+            yield next(streams[which])
+
+    def fingerprint(self, stamp: Path) -> dict[str, str]:
+        return {
+            f"{name}.{key}": value
+            for name, part in self.parts.items()
+            for key, value in part.source.fingerprint(stamp.with_name(f"{stamp.stem}-{name}{stamp.suffix}")).items()
+        }
+
+    def _part_items(self, name: str, split: str, low: int, high: int) -> Iterator[RawItem]:
+        part = self.parts[name]
+        available, taken = part.available(split), part.taken(split)
+        number = low
+        while number < high:  # the inputs, as often as the weight says, in their own order
+            first = number * available // taken if taken < available else number % available
+            last = (high - 1) * available // taken + 1 if taken < available else min(available, first + high - number)
+            wanted = {n * available // taken for n in range(number, high)} if taken < available else None
+            for place, item in enumerate(part.source.items(split, first, last), first):
+                if wanted is None or place in wanted:
+                    yield self._labelled(name, part, item)
+                    number += 1
+
+    def _labelled(self, name: str, part: Part, item: RawItem) -> RawItem:
+        record = None if item.record is None else {"licence": part.licence, **item.record}
+        return replace(item, id=f"{name}/{item.id}", record=record, source=name, root=item.root or part.source.root)
+
+    def _interleaved(self, split: str) -> np.ndarray:
+        """Which part each place of the mixture belongs to."""
+        if split not in self._order:
+            counts = [part.taken(split) for part in self.parts.values()]
+            places = np.concatenate([(np.arange(count) + 0.5) / max(count, 1) for count in counts])
+            which = np.repeat(np.arange(len(counts)), counts)
+            self._order[split] = which[np.argsort(places, kind="stable")]
+        return self._order[split]

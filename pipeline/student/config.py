@@ -1,0 +1,44 @@
+"""Settings of the student: which vision-language model, and how it is loaded."""
+
+from dataclasses import dataclass
+
+from omegaconf import MISSING
+
+from pipeline.errors import UserError
+
+DTYPES = ("float32", "bfloat16", "float16")
+ATTENTION = ("sdpa", "eager")
+
+
+@dataclass
+class ModelConfig:
+    """One student.
+
+    Args:
+        name: names the folder of its runs, `runs/<name>/`.
+        path: a directory in the layout of transformers, a hub id, or `bundled:<name>` for one shipped with the package.
+        family: the module that knows the architecture; empty reads it from the model's own config.
+        revision: branch, tag or commit of a hub id; empty for its default branch.
+        local_files_only: never download; false fetches missing weights from the hub.
+        dtype: precision of the weights.
+        attention: attention kernel of the model without the tap: `sdpa` or `eager`.
+        trust_remote_code: let transformers run Python code that comes with the weights.
+        max_length: longest sequence in tokens; longer conversations lose their end, never their image.
+    """
+
+    name: str = MISSING
+    path: str = MISSING
+    family: str = ""
+    revision: str = ""
+    local_files_only: bool = True
+    dtype: str = "float32"
+    attention: str = "sdpa"
+    trust_remote_code: bool = False
+    max_length: int = 4096
+
+    def __post_init__(self) -> None:
+        for key, value, known in (("dtype", self.dtype, DTYPES), ("attention", self.attention, ATTENTION)):
+            if value not in known:
+                raise UserError(f"unknown model.{key} '{value}': choose one of {', '.join(known)}")
+        if self.max_length < 1:
+            raise UserError(f"model.max_length is {self.max_length}: give at least 1")

@@ -1,0 +1,131 @@
+"""Loading a student: model, processor and family, with one clear line for whatever is missing.
+
+Importing this module is cheap; torch comes with the first load.
+"""
+
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline.errors import UserError
+from pipeline.student.config import ModelConfig
+from pipeline.student.weights import model_path
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from pipeline.align.config import AlignConfig
+    from pipeline.student.family import Family
+
+# `model_type` of a model's config -> the module of its family and the class in it
+FAMILIES = {
+    "mllama": ("pipeline.student.mllama", "Mllama"),
+    **dict.fromkeys(
+        (
+            "qwen2_vl",
+            "qwen2_5_vl",
+            "qwen3_vl",
+            "llava",
+            "llava_next",
+            "llava_onevision",
+            "internvl",
+            "idefics3",
+            "smolvlm",
+            "gemma3",
+        ),
+        ("pipeline.student.native", "Native"),
+    ),
+}
+# Known architectures that are refused, with the reason
+REFUSED = {
+    "idefics2": "its 64 image tokens come out of a perceiver and have no place of their own",
+    "paligemma": "it has no chat template, and its text model may cap attention scores",
+    "minicpmv4_6": "its image tokens come out of a resampler and have no place of their own",
+}
+
+
+@dataclass
+class Student:
+    """A loaded student.
+
+    Args:
+        model: a transformers model in evaluation mode.
+        processor: its processor.
+        family: what knows the two.
+    """
+
+    model: "nn.Module"
+    processor: object
+    family: "Family"
+
+
+def load_student(cfg: ModelConfig, align: "AlignConfig | None" = None) -> Student:
+    """Loads a student from a directory or hub id.
+
+    Args:
+        cfg: which model.
+        align: which words and layers are aligned; None takes every assistant word and every layer.
+
+    Raises:
+        UserError: nothing there, no weights, weights that do not fit, or an architecture without a family.
+    """
+    import torch
+
+    path = model_path(cfg.path)
+    if not Path(path).is_dir() and (cfg.path.startswith(("bundled:", ".", "/", "~")) or cfg.path.count("/") != 1):
+        raise UserError(f"no model directory {path}: give model.path= a directory or a hub id")
+    family = find_family(cfg, path)
+    try:
+        (model, info), processor = family.load(
+            path,
+            dtype=getattr(torch, cfg.dtype),
+            attn_implementation=cfg.attention,
+            output_loading_info=True,
+            **_where(cfg),
+        )
+    except OSError as error:
+        raise UserError(f"cannot load the model {cfg.path}: {_first_line(error)}") from error
+    missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+    if missing:
+        raise UserError(f"the weights in {cfg.path} lack {len(missing)} tensors of the model: {missing[0]}, ...")
+    if not processor.tokenizer.is_fast:
+        raise UserError(f"{cfg.path} has no fast tokenizer (tokenizer.json), which is needed to find words in tokens")
+    if not processor.chat_template:
+        raise UserError(f"{cfg.path} has no chat template: use the instruction-tuned version of the model")
+    made = family(processor, cfg.max_length, align)
+    made.prepare(model)
+    return Student(model.eval(), processor, made)
+
+
+def find_family(cfg: ModelConfig, path: str) -> "type[Family]":
+    """The family class named in the settings, or that of the model's own config.
+
+    Raises:
+        UserError: no config there, or an architecture without a family.
+    """
+    name = cfg.family
+    if not name:
+        from transformers import PreTrainedConfig
+
+        try:
+            found, _ = PreTrainedConfig.get_config_dict(path, **_where(cfg))
+        except OSError as error:
+            raise UserError(f"cannot read the config of {cfg.path}: {_first_line(error)}") from error
+        name = found.get("model_type", "")
+    if name in REFUSED:
+        raise UserError(f"models of type '{name}' are not supported ({cfg.path}): {REFUSED[name]}")
+    if name not in FAMILIES:
+        raise UserError(f"no family for models of type '{name}' ({cfg.path}): known are {', '.join(sorted(FAMILIES))}")
+    module, attribute = FAMILIES[name]
+    return getattr(import_module(module), attribute)
+
+
+def _where(cfg: ModelConfig) -> dict:
+    """Options of ``from_pretrained`` that say where files come from."""
+    where = {"local_files_only": cfg.local_files_only, "trust_remote_code": cfg.trust_remote_code}
+    return where | ({"revision": cfg.revision} if cfg.revision else {})
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0]

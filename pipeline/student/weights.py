@@ -1,0 +1,35 @@
+"""Where a student's files are, and a digest that names them. No torch here: the light status checks use it too."""
+
+from pathlib import Path
+
+from pipeline.errors import UserError
+from pipeline.student.config import ModelConfig
+from pipeline.weights import directory_digest
+
+BUNDLED = Path(__file__).parent.parent / "world" / "models"
+
+
+def model_path(path: str) -> str:
+    """The directory of a ``bundled:<name>`` model, any other path as it is."""
+    return str(BUNDLED / path.removeprefix("bundled:")) if path.startswith("bundled:") else path
+
+
+def identity(cfg: ModelConfig) -> str:
+    """Names the content of a student: configs, tokenizer and weights; for a hub id that is not here yet, the id.
+
+    Raises:
+        UserError: the directory does not exist.
+    """
+    path = Path(model_path(cfg.path)).expanduser()
+    if path.is_dir():
+        return directory_digest(path)
+    if cfg.path.startswith(("bundled:", ".", "/", "~")) or cfg.path.count("/") != 1:
+        raise UserError(f"no model directory {path}: give model.path= a directory or a hub id")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        found = Path(snapshot_download(cfg.path, revision=cfg.revision or None, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return f"{cfg.path}@{cfg.revision or 'main'}"
+    return directory_digest(found)

@@ -1,0 +1,69 @@
+"""Where a teacher's weights are on this machine, and a digest that names them. No torch here: `status` uses it too."""
+
+import json
+from pathlib import Path
+
+from pipeline.errors import UserError
+from pipeline.teacher.config import TeacherConfig
+from pipeline.weights import directory_digest
+
+BUNDLED = Path(__file__).parent.parent / "world" / "models"
+INDEX = "model_index.json"
+# What a teacher reads. Pickled weights are never asked for, nor are other precisions than the main one.
+WANTED = ["model_index.json", "*/*.json", "*/*.txt", "*/*.model", "*/*.safetensors"]
+UNWANTED = ["*.fp16*", "*.non_ema*", "safety_checker/*", "feature_extractor/*"]
+
+
+def locate(cfg: TeacherConfig) -> Path:
+    """The directory with the pipeline's `model_index.json` and its components.
+
+    Raises:
+        UserError: neither a bundled model, a directory nor a hub id whose files are here (or may be downloaded).
+    """
+    if cfg.path.startswith("bundled:"):
+        path = BUNDLED / cfg.path.removeprefix("bundled:")
+        if not (path / INDEX).is_file():
+            raise UserError(f"teacher.path={cfg.path}: this installation has no such model in {BUNDLED}")
+        return path
+    path = Path(cfg.path).expanduser()
+    if path.is_dir():
+        if not (path / INDEX).is_file():
+            raise UserError(f"teacher.path={cfg.path} has no {INDEX}: give the directory of a diffusers pipeline")
+        return path
+    if cfg.path.startswith((".", "/", "~")) or cfg.path.count("/") != 1:
+        raise UserError(f"teacher.path={cfg.path}: no such directory, and not a hub id of the form owner/name")
+    return _from_hub(cfg)
+
+
+def _from_hub(cfg: TeacherConfig) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        found = snapshot_download(
+            cfg.path,
+            revision=cfg.revision or None,
+            local_files_only=cfg.local_files_only,
+            allow_patterns=WANTED,
+            ignore_patterns=UNWANTED,
+        )
+    except LocalEntryNotFoundError as error:
+        raise UserError(
+            f"the weights of teacher '{cfg.path}' are not on this machine: run `hf download {cfg.path}`, or allow the "
+            "download with teacher.local_files_only=false"
+        ) from error
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise UserError(f"teacher '{cfg.path}' cannot be fetched: {str(error).splitlines()[0]}") from error
+    path = Path(found)
+    if not (path / INDEX).is_file():
+        raise UserError(
+            f"the weights of teacher '{cfg.path}' are incomplete on this machine: run `hf download {cfg.path}`"
+        )
+    return path
+
+
+def digest(path: Path) -> str:
+    """Names the content of a pipeline directory: its components' configs, vocabularies and weights."""
+    index = json.loads((path / INDEX).read_text())
+    parts = [name for name, value in index.items() if isinstance(value, list) and value[0]]
+    return directory_digest(path, [file for part in parts for file in (path / part).rglob("*")])

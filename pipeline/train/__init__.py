@@ -1,0 +1,1 @@
+"""Fine-tuning: data order, the step, checkpoints, metrics, export."""

@@ -1,0 +1,71 @@
+"""Settings of the train stage."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class LoraConfig:
+    """Low-rank adapters (PEFT). ``targets`` names the modules, or is a regular expression over their full names."""
+
+    r: int = 8
+    alpha: int = 32
+    dropout: float = 0.05
+    targets: list[str] = field(default_factory=lambda: ["q_proj", "v_proj"])
+
+
+@dataclass
+class TrainConfig:
+    """How a student is fine-tuned.
+
+    Args:
+        split: the split that is trained on.
+        method: ``lora`` trains adapters, ``full`` every weight that ``freeze`` does not hold.
+        freeze: regular expressions over parameter names; a match at any place is not trained.
+        steps: optimizer steps; 0 means ``epochs`` decide.
+        batch_size: examples per optimizer step over all processes; ``micro_batch`` of them at a time in each.
+        lr: peak learning rate, after a linear warm-up over ``warmup`` (share of the steps), then ``schedule``.
+        aligner_lr: of the Aligner, whose weights start from scratch.
+        precision: ``no`` or ``bf16`` compute.
+        checkpoint_every: steps between checkpoints to resume from; the last ``keep_checkpoints`` are kept.
+        window: shards that are shuffled together; 0 takes all.
+        workers: processes or threads that prepare batches; 0 prepares them in the loop.
+        max_steps_per_call: stop after so many steps and leave a checkpoint (0: run to the end); for preemptible jobs.
+    """
+
+    name: str = "default"
+    split: str = "train"
+    method: str = "lora"
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    freeze: list[str] = field(default_factory=list)
+    steps: int = 0
+    epochs: float = 3.0
+    batch_size: int = 32
+    micro_batch: int = 4
+    lr: float = 1e-4
+    aligner_lr: float = 1e-3
+    weight_decay: float = 0.0
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    grad_clip: float = 1.0
+    warmup: float = 0.03
+    schedule: str = "cosine"
+    precision: str = "no"
+    gradient_checkpointing: bool = False
+    checkpoint_every: int = 500
+    keep_checkpoints: int = 2
+    log_every: int = 10
+    window: int = 4
+    workers: int = 1
+    max_steps_per_call: int = 0
+
+    def __post_init__(self) -> None:
+        if self.method not in ("lora", "full"):
+            raise ValueError(f"train.method={self.method}: choose lora or full")
+        if self.schedule not in ("cosine", "linear", "constant"):
+            raise ValueError(f"train.schedule={self.schedule}: choose cosine, linear or constant")
+        if self.precision not in ("no", "bf16"):
+            raise ValueError(f"train.precision={self.precision}: choose no or bf16")
+        if self.steps <= 0 and self.epochs <= 0:
+            raise ValueError("train.steps and train.epochs are both 0: give one of them")
+        for name in ("batch_size", "micro_batch", "checkpoint_every", "keep_checkpoints", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"train.{name}={getattr(self, name)}: must be at least 1")

@@ -1,0 +1,133 @@
+"""From positions in the training order to collated batches with their target maps."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import OrderedDict
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from pipeline.errors import UserError
+from pipeline.student.batch import EncodeError, StudentBatch
+
+if TYPE_CHECKING:
+    from pipeline.archive import Archive
+    from pipeline.archive.order import Order
+    from pipeline.student.batch import Item
+    from pipeline.student.family import Family
+    from pipeline.train.targets import Targets
+
+CACHE_BYTES = 512 << 20  # of encoded examples; a small data set is then encoded once, not once an epoch
+
+
+@dataclass
+class Share:
+    """One process's part of a global batch: its micro-batches, and how many examples could not be encoded."""
+
+    batches: list[StudentBatch]
+    skipped: int
+
+
+class Batches:
+    """The global batches of a run as a pure function of the step.
+
+    Args:
+        archive, order: the examples and the order they are seen in.
+        family: encodes and collates.
+        targets: maps for the words, or None for an arm without alignment.
+        batch_size: examples per global batch.
+        micro_batch: examples per forward pass.
+        rank, ranks: this process and how many there are; each takes a contiguous part of every global batch.
+        skipped_file: where examples that the student cannot take are written, one JSON line each with the reason.
+        max_failed: share of the archive that may fail before the run stops.
+    """
+
+    def __init__(
+        self,
+        archive: Archive,
+        order: Order,
+        family: Family,
+        targets: Targets | None,
+        *,
+        batch_size: int,
+        micro_batch: int,
+        rank: int,
+        ranks: int,
+        skipped_file: Path,
+        max_failed: float,
+    ):
+        if batch_size % ranks:
+            raise UserError(f"train.batch_size={batch_size} does not divide over {ranks} processes: choose a multiple")
+        self.archive, self.order, self.family, self.targets = archive, order, family, targets
+        self.batch_size, self.micro_batch = batch_size, micro_batch
+        self.rank, self.share = rank, batch_size // ranks
+        self.skipped_file, self.limit = skipped_file, max_failed * len(archive)
+        self.refused: dict[int, str] = {}
+        self.cache: OrderedDict[int, tuple[Item, torch.Tensor, torch.Tensor]] = OrderedDict()
+        self.cached_bytes = 0
+
+    def at(self, step: int) -> Share:
+        """The micro-batches of this process in global batch number ``step`` (from 0)."""
+        first = step * self.batch_size + self.rank * self.share
+        rows = [self._row(index) for index in self.order.indices(first, self.share)]
+        kept = [row for row in rows if row is not None]
+        parts = [kept[i : i + self.micro_batch] for i in range(0, len(kept), self.micro_batch)]
+        return Share([self._collate(part) for part in parts], len(rows) - len(kept))
+
+    def stream(self, step: int, stop: int, workers: int) -> Iterator[Share]:
+        """Shares of the steps ``step:stop``; with workers, that many batches are prepared ahead in threads."""
+        if workers == 0:
+            yield from map(self.at, range(step, stop))
+            return
+        with ThreadPoolExecutor(workers, thread_name_prefix="batches") as pool:
+            ahead: list[Future[Share]] = []
+            for number in range(step, stop):
+                while len(ahead) < 2 * workers and number + len(ahead) < stop:
+                    ahead.append(pool.submit(self.at, number + len(ahead)))
+                yield ahead.pop(0).result()
+
+    def _row(self, index: int) -> tuple[Item, torch.Tensor, torch.Tensor] | None:
+        found = self.cache.get(index)
+        if found is not None:
+            return found
+        if index in self.refused:
+            return None
+        example = self.archive[index]
+        try:
+            item = self.family.encode_one(example)
+        except EncodeError as error:
+            self._refuse(index, example.key, str(error))
+            return None
+        if self.targets is None:
+            maps_WHW, valid_W = np.zeros((0, 32, 32), np.float32), np.zeros(0, bool)
+            item = dataclasses.replace(item, words=[], tokens=[])
+        else:
+            maps_WHW, valid_W = self.targets(index, example, item.words)
+        row = (item, torch.from_numpy(maps_WHW), torch.from_numpy(valid_W))
+        size = sum(t.numel() * t.element_size() for t in (item.ids, *item.image.values(), row[1]))
+        if self.cached_bytes + size <= CACHE_BYTES:
+            self.cache[index] = row
+            self.cached_bytes += size
+        return row
+
+    def _refuse(self, index: int, key: str, reason: str) -> None:
+        self.refused[index] = reason
+        with self.skipped_file.open("a", encoding="utf-8") as out:
+            out.write(json.dumps({"key": key, "reason": reason}) + "\n")
+        if len(self.refused) > self.limit:
+            raise UserError(
+                f"{len(self.refused)} of {len(self.archive)} examples cannot be encoded for this student, more than "
+                f"data.max_failed allows; the last: {key}: {reason} (all in {self.skipped_file})"
+            )
+
+    def _collate(self, rows: list[tuple[Item, torch.Tensor, torch.Tensor]]) -> StudentBatch:
+        batch = self.family.collate([item for item, _, _ in rows], train=True)
+        targets_WHW = torch.cat([maps for _, maps, _ in rows])
+        return dataclasses.replace(batch, targets=targets_WHW, valid=torch.cat([valid for _, _, valid in rows]))

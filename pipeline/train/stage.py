@@ -1,0 +1,213 @@
+"""The train stage: one arm with one seed, from a loaded student to an exported one."""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from typing import TYPE_CHECKING
+
+from pipeline import receipts
+from pipeline.errors import UserError
+from pipeline.layout import Layout
+from pipeline.train import status
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import nn
+
+    from pipeline.archive import Archive
+    from pipeline.config import Config
+    from pipeline.student.load import Student
+
+
+def train(cfg: Config) -> None:
+    """Trains ``cfg.arm`` with ``cfg.seed`` and writes its run directory, going on from the newest whole checkpoint.
+
+    Raises:
+        UserError: missing or damaged inputs, settings that do not fit, or a run of other settings in the directory.
+    """
+    run = status.run_dir(cfg)
+    label = f"train {cfg.arm.name}-{cfg.seed}"
+    if status.up_to_date(cfg):
+        print(f"{label}: up to date ({run})")
+        return
+    from pipeline.archive import Archive
+
+    archive = Archive(Layout(cfg).examples_dir(cfg.train.split))
+    steps = cfg.train.steps or math.ceil(cfg.train.epochs * len(archive) / cfg.train.batch_size)
+    print(
+        f"{label}: {len(archive)} examples, {steps} steps of {cfg.train.batch_size}, {cfg.train.method}, "
+        f"lambda {cfg.arm.lam:g}" + (f" towards {cfg.arm.targets}" if cfg.arm.lam else ""),
+        flush=True,
+    )
+    if cfg.dry_run:
+        return
+    with receipts.hold(run):
+        if cfg.overwrite and (run / status.RECEIPT).is_file():
+            (run / status.RECEIPT).unlink()
+        _train(cfg, run, archive, steps, label)
+
+
+def _train(cfg: Config, run: Path, archive: Archive, steps: int, label: str) -> None:
+    import torch
+    from accelerate import Accelerator
+    from accelerate.utils import DataLoaderConfiguration
+
+    from pipeline.align.loss import AlignmentLoss
+    from pipeline.archive.order import Order
+    from pipeline.progress import Progress
+    from pipeline.student.capture import AttentionTap
+    from pipeline.student.load import load_student
+    from pipeline.train import checkpoint
+    from pipeline.train.data import Batches
+    from pipeline.train.export import export
+    from pipeline.train.loop import Tuned, train_loop
+    from pipeline.train.metrics import FILE, Metrics
+    from pipeline.train.targets import open_targets
+
+    started = time.monotonic()
+    torch.manual_seed(cfg.seed)
+    accelerator = Accelerator(
+        mixed_precision=cfg.train.precision,
+        dataloader_config=DataLoaderConfiguration(),
+        step_scheduler_with_optimizer=False,
+    )
+    student = load_student(cfg.model, cfg.align)
+    model = _trainable(student, cfg)
+    tap = AttentionTap(model, student.family)
+    # Drawn from the seed alone, so that the Aligner starts alike in every arm, whatever was drawn before it.
+    torch.manual_seed(cfg.seed)
+    tuned = Tuned(model, AlignmentLoss.for_tap(tap, cfg.align), tap)
+    weights = {name: p for name, p in tuned.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for n, p in weights.items() if n.startswith("student.")], "lr": cfg.train.lr},
+            {"params": [p for n, p in weights.items() if n.startswith("align.")], "lr": cfg.train.aligner_lr},
+        ],
+        betas=tuple(cfg.train.betas),
+        weight_decay=cfg.train.weight_decay,
+        fused=True,
+    )
+    settings = status.settings(cfg) | {"inputs": status.inputs(cfg), "steps": steps}
+    found, start, damaged = checkpoint.newest(run, settings, overwrite=cfg.overwrite)
+    for reason in damaged:
+        print(f"{label}: passed over a damaged checkpoint: {reason}", flush=True)
+    if found:
+        checkpoint.load(found, weights, optimizer)
+        print(f"{label}: going on from step {start}", flush=True)
+    wrapped, optimizer = accelerator.prepare(tuned, optimizer)
+
+    targets = open_targets(cfg.arm.targets, archive, _maps(cfg), cfg.seed) if cfg.arm.lam > 0 else None
+    (run / "skipped.jsonl").unlink(missing_ok=True)
+    batches = Batches(
+        archive,
+        Order(archive.sizes, seed=cfg.seed, window=cfg.train.window),
+        student.family,
+        targets,
+        batch_size=cfg.train.batch_size,
+        micro_batch=cfg.train.micro_batch,
+        rank=accelerator.process_index,
+        ranks=accelerator.num_processes,
+        skipped_file=run / "skipped.jsonl",
+        max_failed=cfg.data.max_failed,
+    )
+
+    def save(step: int) -> None:
+        if accelerator.is_main_process:
+            checkpoint.save(run, step, weights, optimizer.state_dict(), settings, cfg.train.keep_checkpoints)
+
+    with Progress(label, total=steps, unit="steps", done=start) as progress:
+        done = train_loop(
+            accelerator,
+            wrapped,
+            optimizer,
+            batches,
+            cfg.train,
+            cfg.align,
+            cfg.arm.lam,
+            cfg.seed,
+            steps,
+            start,
+            Metrics(run, start),
+            progress,
+            save,
+        )
+    if done < steps:
+        print(f"{label}: stopped at step {done} of {steps} as asked; run again to go on", flush=True)
+        return
+    if not accelerator.is_main_process:
+        return
+    tap.close()
+    sample = batches.at(0).batches[0]
+    files = export(
+        run, model, student.processor, tuned.align, cfg.train.method, sample, lambda path: _reload(cfg, path)
+    )
+    receipts.write(
+        run / status.RECEIPT,
+        stage="train",
+        settings=status.settings(cfg),
+        inputs=status.inputs(cfg),
+        files=[*files, run / FILE],
+        counts={"examples": len(archive), "steps": steps, "skipped": len(batches.refused)},
+        seconds=time.monotonic() - started,
+    )
+    print(f"{label}: {len(archive)} examples, {len(batches.refused)} skipped, {steps} steps -> {files[0]}", flush=True)
+
+
+def _trainable(student: Student, cfg: Config) -> nn.Module:
+    """The model with gradients where the settings want them.
+
+    Raises:
+        UserError: a pattern of ``train.freeze`` matches no parameter, or nothing is left to train.
+    """
+    model = student.model
+    if cfg.train.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if cfg.train.method == "lora":
+        from peft import LoraConfig, get_peft_model
+
+        lora = cfg.train.lora
+        model.requires_grad_(False)
+        try:
+            model = get_peft_model(
+                model,
+                LoraConfig(
+                    r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=list(lora.targets)
+                ),
+            )
+        except ValueError as error:
+            raise UserError(f"train.lora.targets={list(lora.targets)}: {error}") from error
+        if cfg.train.gradient_checkpointing:
+            model.enable_input_require_grads()
+    for pattern in cfg.train.freeze:
+        matched = [p for name, p in model.named_parameters() if re.search(pattern, name)]
+        if not matched:
+            raise UserError(f"train.freeze: '{pattern}' matches no parameter of {cfg.model.name}")
+        for parameter in matched:
+            parameter.requires_grad_(False)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise UserError("nothing is left to train: train.freeze covers every parameter")
+    return model
+
+
+def _maps(cfg: Config):
+    if not status.uses_maps(cfg):
+        return None
+    from pipeline.mapstore import MapStore
+
+    return MapStore(Layout(cfg).maps_split_dir(cfg.train.split))
+
+
+def _reload(cfg: Config, path: Path) -> nn.Module:
+    """The exported student as a user would load it."""
+    from dataclasses import replace
+
+    from pipeline.student.load import load_student
+
+    if cfg.train.method == "full":
+        return load_student(replace(cfg.model, path=str(path.resolve()))).model
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(load_student(cfg.model).model, path)

@@ -1,0 +1,110 @@
+"""What each arm pulls the student's attention to: one 32x32 map per word, and which words have one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from pipeline.regions import region_mask
+
+if TYPE_CHECKING:
+    from pipeline.archive import Archive
+    from pipeline.examples import Example, Word
+    from pipeline.mapstore import ExampleMaps, MapStore
+
+SIDE = 32
+
+
+class Targets(Protocol):
+    """Maps of some words of one example."""
+
+    def __call__(self, index: int, example: Example, words: list[Word]) -> tuple[np.ndarray, np.ndarray]:
+        """Maps (W, 32, 32) float32 in [0, 1] and valid (W,) bool, for the example at ``index`` of the archive."""
+        ...
+
+
+def open_targets(kind: str, archive: Archive, maps: MapStore | None, seed: int) -> Targets:
+    """The targets of an arm.
+
+    Args:
+        kind: ``teacher``, ``shuffled``, ``centre`` or ``oracle``.
+        archive: the examples that are trained on.
+        maps: the teacher's maps of the same examples; not needed for ``centre`` and ``oracle``.
+        seed: decides which other image ``shuffled`` takes.
+    """
+    if kind == "centre":
+        return _centre
+    if kind == "oracle":
+        return _oracle
+    assert maps is not None, f"targets '{kind}' read the map store"
+    return FromTeacher(maps) if kind == "teacher" else Shuffled(maps, archive.keys, seed)
+
+
+class FromTeacher:
+    """The word's own map, found by (turn, start, end)."""
+
+    def __init__(self, maps: MapStore):
+        self.maps = maps
+
+    def __call__(self, index: int, example: Example, words: list[Word]) -> tuple[np.ndarray, np.ndarray]:
+        stored = self.maps.get(example.key)
+        rows = {} if stored is None else {tuple(word): row for row, word in enumerate(stored.words)}
+        return _take(stored, [rows.get(tuple(word)) for word in words])
+
+
+class Shuffled:
+    """The maps of another example: the same kind of targets without the connection to the image.
+
+    Example ``order[i]`` takes from ``order[i + 1]``, so that nobody gets their own; word number w takes usable map
+    number w of the other, beginning again where that has fewer.
+    """
+
+    def __init__(self, maps: MapStore, keys: list[str], seed: int):
+        self.maps, self.keys = maps, keys
+        order = np.random.default_rng([seed, 0x5F]).permutation(len(keys))
+        self.other = np.empty(len(keys), dtype=np.int64)
+        self.other[order] = np.roll(order, -1)
+
+    def __call__(self, index: int, example: Example, words: list[Word]) -> tuple[np.ndarray, np.ndarray]:
+        stored = self.maps.get(self.keys[int(self.other[index])])
+        roles = {turn for turn, _, _ in words}
+        usable = [] if stored is None else [r for r in range(len(stored.words)) if stored.status[r] == 0]
+        # Answers borrow from answers (odd turns from odd turns), so that the maps are of the same kind of word.
+        alike = [r for r in usable if any((stored.words[r].turn - turn) % 2 == 0 for turn in roles)] or usable
+        return _take(stored, [alike[w % len(alike)] if alike else None for w in range(len(words))])
+
+
+def _take(stored: ExampleMaps | None, rows: list[int | None]) -> tuple[np.ndarray, np.ndarray]:
+    maps_WHW = np.zeros((len(rows), SIDE, SIDE), dtype=np.float32)
+    valid_W = np.zeros(len(rows), dtype=bool)
+    for place, row in enumerate(rows):
+        if row is not None and stored.status[row] == 0:
+            maps_WHW[place] = stored.maps[row].astype(np.float32) / 255
+            valid_W[place] = True
+    return maps_WHW, valid_W
+
+
+def _centre(index: int, example: Example, words: list[Word]) -> tuple[np.ndarray, np.ndarray]:
+    """A round blob in the middle, a fifth of the side wide, for every word."""
+    axis = (np.arange(SIDE) + 0.5) / SIDE - 0.5
+    blob = np.exp(-(axis[:, None] ** 2 + axis[None] ** 2) / (2 * 0.2**2)).astype(np.float32)
+    blob = (blob - blob.min()) / (blob.max() - blob.min())
+    return np.repeat(blob[None], len(words), axis=0), np.ones(len(words), dtype=bool)
+
+
+def _oracle(index: int, example: Example, words: list[Word]) -> tuple[np.ndarray, np.ndarray]:
+    """The true region of each word as its share of every cell, scaled to a highest value of one."""
+    regions = {(r["turn"], r["start"], r["end"]): r for r in example.meta.get("regions", [])}
+    maps_WHW = np.zeros((len(words), SIDE, SIDE), dtype=np.float32)
+    valid_W = np.zeros(len(words), dtype=bool)
+    for place, word in enumerate(words):
+        region = regions.get(tuple(word))
+        if region is None:
+            continue
+        # Eight samples a side and cell give the covered share to about one part in sixty.
+        mask = region_mask(region, (SIDE * 8, SIDE * 8)).astype(np.float32)
+        cover = mask.reshape(SIDE, 8, SIDE, 8).mean(axis=(1, 3))
+        if cover.max() > 0 and cover.min() < cover.max():
+            maps_WHW[place], valid_W[place] = cover / cover.max(), True
+    return maps_WHW, valid_W

@@ -1,0 +1,238 @@
+"""Train the tiny Stable Diffusion of the embedded world from scratch and save it as a pipeline directory.
+
+Everything is the real thing at a small size: an ``AutoencoderKL`` that turns 64x64 pixels into 16x16 latents, a causal
+``CLIPTextModel`` with a ``CLIPTokenizer``, and a ``UNet2DConditionModel`` with cross-attention at 16x16 and 8x8. It is
+trained on image-text pairs only (latent diffusion, noise prediction); no mask is ever shown to it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from pipeline.world.scenes import render, sample_scene
+from pipeline.world.texts import teacher_text
+
+# Words of the bundled public data set, so that its questions are not spelled out in letters.
+WINDOW = 40  # tokens, start and end markers included
+EXTRA_WORDS = "color contain contains present image rectangle teal brown gray black does not in yes no is there a the"
+
+
+def build_tokenizer(texts: list[str]) -> CLIPTokenizer:
+    """A CLIP tokenizer (byte-level BPE, lower case, ``</w>``) whose merges cover every word of ``texts``."""
+    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    bpe.normalizer = normalizers.Lowercase()
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Punctuation(), pre_tokenizers.WhitespaceSplit()])
+    trainer = trainers.BpeTrainer(vocab_size=4000, end_of_word_suffix="</w>", min_frequency=1, show_progress=False)
+    bpe.train_from_iterator([*texts, EXTRA_WORDS], trainer)
+    learned = json.loads(bpe.to_str())["model"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [tuple(pair) for pair in learned["merges"]]
+    tokens = [*alphabet, *(c + "</w>" for c in alphabet), *("".join(pair) for pair in merges)]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    vocab = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=WINDOW)
+
+
+def build_teacher(tokenizer: CLIPTokenizer) -> dict[str, torch.nn.Module]:
+    """Untrained components, about 2 million parameters in all."""
+    vae = AutoencoderKL(
+        sample_size=64,
+        block_out_channels=(16, 16, 64),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        latent_channels=16,
+        layers_per_block=1,
+        norm_num_groups=8,
+    )
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=64,
+            intermediate_size=256,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=WINDOW,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    unet = UNet2DConditionModel(
+        sample_size=16,
+        in_channels=16,
+        out_channels=16,
+        block_out_channels=(40, 80),
+        # Cross-attention at 16x16 (three layers) and once at 8x8, in the middle block.
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=1,
+        cross_attention_dim=64,
+        attention_head_dim=2,
+        norm_num_groups=8,
+    )
+    return {"vae": vae, "text_encoder": text_encoder, "unet": unet}
+
+
+def draw_pixels(scenes: list) -> torch.Tensor:
+    """Scenes as pixels in [-1, 1], (N, 3, 64, 64)."""
+    stack = np.stack([render(scene) for scene in scenes])
+    return torch.from_numpy(stack).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+@torch.no_grad()
+def fold(vae: AutoencoderKL, pixels: torch.Tensor) -> None:
+    """Set the encoder to an exact linear fold: every 4x4 block of pixels onto its principal components, whitened.
+
+    A learnt encoder this small blurs stars, crosses and diamonds into one blob, and what the latents do not hold the
+    text cannot name. The layers that are not linear are made so: residual branches and the attention are zero, the
+    last GroupNorm is ruled by a pair of large constants in every group, and its SiLU is undone by carrying each number
+    with both signs, since silu(x) - silu(-x) = x.
+
+    Args:
+        vae: as `build_teacher` makes it; its encoder is overwritten.
+        pixels: (N, 3, 64, 64) in [-1, 1], to find the components and their variances.
+    """
+    encoder, count, big = vae.encoder, vae.config.latent_channels, 300.0
+    for part in (encoder, vae.quant_conv):
+        for name, parameter in part.named_parameters():
+            if "norm" not in name:
+                parameter.zero_()
+    blocks = F.pixel_unshuffle(F.pixel_unshuffle(pixels, 2), 2).permute(0, 2, 3, 1).reshape(-1, 48).double()
+    mean = blocks.mean(0)
+    variance, axes = torch.linalg.eigh((blocks - mean).T @ (blocks - mean) / len(blocks))
+    variance, axes = variance.flip(0)[:count], axes.flip(1)[:, :count]
+    print(f"fold: variances {[round(v, 3) for v in variance.tolist()]}", flush=True)
+    # The grey of the background carries most of the variance; unwhitened, the diffusion noise would drown the rest.
+    # Directions that hold next to nothing are not blown up to full strength.
+    scale = variance.clamp_min(0.01 * variance.mean()).rsqrt()
+    project = (axes * scale).T.float()  # (count, 48): channel order of pixel_unshuffle twice
+
+    encoder.conv_in.weight[range(3), range(3), 1, 1] = 1.0
+    first, second = (block.downsamplers[0].conv.weight for block in encoder.down_blocks[:2])
+    for color in range(3):
+        for y in range(2):
+            for x in range(2):
+                first[4 * color + 2 * y + x, color, y, x] = 1.0
+    for channel in range(12):
+        for y in range(2):
+            for x in range(2):
+                second[:count, channel, y, x] = project[:, 4 * channel + 2 * y + x]
+    # Into groups of eight channels: three numbers with both signs and the constants that rule the norm.
+    wide, norm = encoder.down_blocks[2].resnets[0].conv_shortcut, encoder.conv_norm_out
+    size = norm.num_channels // norm.num_groups
+    for group in range(norm.num_groups):
+        wide.bias[size * group], wide.bias[size * group + 1] = big, -big
+    norm.weight.fill_(big * math.sqrt(2 / size))
+    for number in range(count):
+        place = size * (number // 3) + 2 + 2 * (number % 3)
+        wide.weight[place, number], wide.weight[place + 1, number] = 1.0, -1.0
+        encoder.conv_out.weight[number, place, 1, 1], encoder.conv_out.weight[number, place + 1, 1, 1] = 1.0, -1.0
+        encoder.conv_out.bias[number] = -float(project[number] @ mean.float())
+    encoder.conv_out.bias[count:] = -12.0  # next to no variance: a latent is its mean
+    vae.quant_conv.weight[range(2 * count), range(2 * count), 0, 0] = 1.0
+    vae.register_to_config(scaling_factor=1.0)
+
+
+@torch.no_grad()
+def encode(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
+    """Latents (N, C, 16, 16), the posterior means."""
+    return torch.cat([vae.encode(part).latent_dist.mean for part in pixels.split(128)])
+
+
+def train_decoder(vae: AutoencoderKL, pixels: torch.Tensor, latents: torch.Tensor, steps: int, generator) -> None:
+    """Squared error of the reconstruction. Nothing here ever decodes, but a pipeline without a decoder is none."""
+    params = [*vae.decoder.parameters(), *vae.post_quant_conv.parameters()]
+    optimizer = torch.optim.AdamW(params, lr=2e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
+    for step in range(steps):
+        rows = torch.randint(len(pixels), (16,), generator=generator)
+        loss = F.mse_loss(vae.decode(latents[rows]).sample, pixels[rows])
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 50 == 0 or step == steps - 1:
+            print(f"decoder step {step} error {loss.item():.4f}", flush=True)
+
+
+def train_teacher(out: Path, steps: int = 4400, decoder_steps: int = 200, scenes: int = 12000, seed: int = 0) -> None:
+    """Train and save the pipeline directory ``out``; about 45 minutes on two cores with the defaults."""
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    rng = np.random.default_rng([seed, 1])
+    drawn = [sample_scene(rng, "train") for _ in range(scenes)]
+    pixels = draw_pixels(drawn)
+    tokenizer = build_tokenizer([teacher_text(rng, scene).text for scene in drawn for _ in range(2)])
+    parts = build_teacher(tokenizer)
+    print({name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}, len(tokenizer), flush=True)
+    fold(parts["vae"], pixels)
+    latents = encode(parts["vae"], pixels)
+    train_decoder(parts["vae"], pixels, latents, decoder_steps, generator)
+    parts["vae"].eval()
+    latents = latents.contiguous(memory_format=torch.channels_last)
+    scheduler = DDIMScheduler(
+        num_train_timesteps=1000,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+    train_unet(parts, tokenizer, scheduler, latents, drawn, steps, generator, rng, out)
+
+
+def train_unet(parts, tokenizer, scheduler, latents, drawn, steps, generator, rng, out: Path) -> None:
+    """Noise prediction at timesteps 100-900, where the text still has something to say about the picture."""
+    unet, text_encoder = parts["unet"].to(memory_format=torch.channels_last), parts["text_encoder"]
+    params = [*unet.parameters(), *text_encoder.parameters()]
+    optimizer = torch.optim.AdamW(params, lr=2e-3, weight_decay=1e-3, betas=(0.9, 0.98))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda s: min(1.0, (s + 1) / 150) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * s / steps)))
+    )
+    started, running = time.time(), None
+    for step in range(steps):
+        rows = torch.randint(len(latents), (32,), generator=generator)
+        # One text in twenty is empty, so that guidance and inversion have an unconditional model to work with.
+        texts = [teacher_text(rng, drawn[int(row)]).text if rng.random() > 0.05 else "" for row in rows]
+        ids = tokenizer(texts, padding="max_length", max_length=WINDOW, truncation=True, return_tensors="pt").input_ids
+        t = torch.randint(100, 900, (len(rows),), generator=generator)
+        noise = torch.randn(latents[rows].shape, generator=generator)
+        noisy = scheduler.add_noise(latents[rows], noise, t).contiguous(memory_format=torch.channels_last)
+        predicted = unet(noisy, t, encoder_hidden_states=text_encoder(ids)[0]).sample
+        loss = F.mse_loss(predicted, noise)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
+        optimizer.step()
+        schedule.step()
+        running = loss.item() if running is None else 0.99 * running + 0.01 * loss.item()
+        if step % 100 == 0:
+            print(f"unet step {step} loss {running:.4f} {(time.time() - started) / (step + 1):.3f} s/step", flush=True)
+        if step % 400 == 399 or step == steps - 1:
+            save(out, parts, tokenizer, scheduler)
+
+
+def save(out: Path, parts: dict, tokenizer: CLIPTokenizer, scheduler: DDIMScheduler) -> None:
+    """Write the directory that ``StableDiffusionPipeline.from_pretrained`` reads."""
+    StableDiffusionPipeline(
+        vae=parts["vae"],
+        text_encoder=parts["text_encoder"],
+        tokenizer=tokenizer,
+        unet=parts["unet"],
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(out)

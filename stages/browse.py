@@ -1,0 +1,31 @@
+"""Reads shards, maps and students; writes nothing: a page on this machine to look at every word's map.
+
+python -m stages.browse [--port 8765] [name=value ...]
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from stages.cli import guarded
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="stages.browse", description=__doc__.splitlines()[0])
+    parser.add_argument("overrides", nargs="*", metavar="name=value", help="Hydra overrides")
+    parser.add_argument("--port", type=int, default=8765, help="0 takes any free one")
+    args = parser.parse_intermixed_args(argv)
+
+    def body() -> None:
+        from pipeline.config import compose
+
+        cfg = compose(args.overrides)
+        from pipeline.report.browse import serve
+
+        serve(cfg, args.port, lambda address: print(f"browse: {address} (Ctrl-C ends it)", flush=True))
+
+    return guarded(body)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

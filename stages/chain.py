@@ -1,0 +1,190 @@
+"""Reads receipts; runs each stage up to the target that lacks a valid one. `make` calls it; it holds the order only.
+
+    python -m stages.chain TARGET [name=value ...]
+    python -m stages.chain demo --seeds 5 --arms sft,lavender,shuffled,oracle [name=value ...]
+
+Nothing heavy is imported here: when everything is up to date, this one light process is all that runs.
+"""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib import import_module
+from pathlib import Path
+
+from pipeline.config import Config, compose
+from pipeline.engine import cores
+from pipeline.errors import UserError
+from pipeline.layout import Layout
+from stages import jobs, results
+from stages.cli import follow_parent, guarded
+from stages.jobs import Job
+
+STATUS = {  # stage -> the module whose `up_to_date(cfg)` reads its receipts
+    "shard": "pipeline.archive.status",
+    "precompute": "pipeline.teacher.status",
+    "train": "pipeline.train.status",
+    "eval": "pipeline.evaluate.status",
+    "report": "pipeline.report.status",
+}
+STAGES = tuple(STATUS)
+DEMO_DIR = "runs/demo"
+COMPARED = ("sft", "lavender")  # what `eval`, `report` and `demo` train when no arms are named
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One arm to train: its settings, and the overrides that compose them but for the seed."""
+
+    cfg: Config
+    overrides: tuple[str, ...]
+
+    @property
+    def uses_maps(self) -> bool:
+        """Whether it reads the teacher's maps; plain fine-tuning and the oracle do not."""
+        return self.cfg.arm.lam > 0 and self.cfg.arm.targets in ("teacher", "shuffled")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a target needs: the stages in order, and the arms and seeds to train."""
+
+    target: str
+    cfg: Config
+    overrides: tuple[str, ...]
+    arms: dict[str, Arm]
+    seeds: tuple[int, ...]
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        last = STAGES.index("report" if self.target == "demo" else self.target)
+        needed = STAGES[: last + 1]
+        if self.target == "train" and not any(arm.uses_maps for arm in self.arms.values()):
+            return tuple(stage for stage in needed if stage != "precompute")
+        return needed
+
+    def steps(self, stage: str) -> list[tuple[Config, Job]]:
+        """The settings and the process of every piece of work of a stage."""
+        if stage != "train":
+            return [(self.cfg, Job(stage, stage, self.overrides))]
+        return [
+            (replace(arm.cfg, seed=seed), Job(stage, f"{name}-{seed}", (*arm.overrides, f"seed={seed}")))
+            for seed in self.seeds
+            for name, arm in self.arms.items()
+        ]
+
+
+def plan(target: str, overrides: Sequence[str], seeds: int | None = None, arms: Sequence[str] | None = None) -> Plan:
+    """Composes the settings of a target.
+
+    Args:
+        seeds: train seeds 1 to this number (demo); None takes `seed` alone.
+        arms: names in `conf/arm`; None takes the arm of the settings for `train`, else `eval.arms` or the usual two.
+    """
+    overrides = [override for override in overrides if override]
+    if target == "demo":
+        overrides = [f"runs_dir={DEMO_DIR}", *overrides]
+    cfg = compose(overrides)
+    if target == "train":
+        return Plan(target, cfg, tuple(overrides), {cfg.arm.name: Arm(cfg, tuple(overrides))}, (cfg.seed,))
+    names = list(arms or cfg.eval.arms or COMPARED)
+    numbers = tuple(range(1, seeds + 1)) if seeds else tuple(cfg.eval.seeds) or (cfg.seed,)
+    if target == "demo":
+        # named, so that arms of an earlier and larger demo stay out of this table
+        overrides += [f"eval.arms=[{','.join(names)}]", f"eval.seeds=[{','.join(map(str, numbers))}]"]
+        cfg = compose(overrides)
+    return Plan(target, cfg, tuple(overrides), {name: _arm(name, overrides) for name in names}, numbers)
+
+
+def _arm(name: str, overrides: Sequence[str]) -> Arm:
+    """The settings of an arm. `arm.lam=2` and the like change every arm that aligns and leave plain fine-tuning be."""
+    shared = [o for o in overrides if o.partition("=")[0] not in ("arm", "seed") and not o.startswith("arm.")]
+    plain = (*shared, f"arm={name}")
+    changed = (*plain, *(o for o in overrides if o.startswith("arm.")))
+    cfg = compose(plain)
+    if cfg.arm.lam == 0 or changed == plain:
+        return Arm(cfg, plain)
+    return Arm(compose(changed), changed)
+
+
+def walk(work: Plan) -> int:
+    """Runs what is missing, in order. Returns 0 or the exit code of the stage that failed."""
+    clock = results.Seconds(Path(work.cfg.runs_dir) / "seconds.json")
+    ran: set[str] = set()
+    for stage in work.stages:
+        up_to_date = import_module(STATUS[stage]).up_to_date
+        steps = work.steps(stage)
+        missing = [job for cfg, job in steps if not up_to_date(cfg)]
+        if not missing:
+            print(f"{stage}: up to date", flush=True)
+            continue
+        start = time.monotonic()
+        width, threads = side_by_side(len(steps))
+        try:
+            code = jobs.run(missing, width, threads)
+        finally:
+            if not work.cfg.dry_run:
+                clock.add(stage, time.monotonic() - start)
+        if code or work.cfg.dry_run:
+            return code
+        ran.add(stage)
+    if work.target in ("demo", "eval", "report"):
+        _tell(work, clock, ran)
+    return 0
+
+
+def _tell(work: Plan, clock: results.Seconds, ran: set[str]) -> None:
+    """The result table and where the page is, unless the stages that have just run told it.
+
+    The demo also keeps its summary, with the seconds of each stage, under a fixed name.
+    """
+    from pipeline.evaluate.compare import table
+
+    summary = results.summary(Layout(work.cfg).eval_dir / "summary.json", clock)
+    if work.target == "demo":
+        results.keep(summary, Path(work.cfg.runs_dir) / "summary.json")
+    if "eval" not in ran:
+        tasks = [task for task in work.cfg.eval.tasks if any(task in arm for arm in summary["arms"].values())]
+        print(table(summary, tasks))
+    if "report" in set(work.stages) - ran:
+        print(f"report: {Layout(work.cfg).report_dir / 'index.html'}")
+    print(f"seconds: {clock}")
+
+
+def side_by_side(steps: int) -> tuple[int, int]:
+    """How many processes at once, and threads for each (0: their own choice).
+
+    One thread each, decided by the steps planned and not by those still missing: a run that is resumed alone keeps its
+    thread count, and so its sums. On a GPU the runs would share the device, so they go one after another.
+    """
+    if steps < 2 or cores() < 2 or Path("/dev/nvidia0").exists():
+        return 1, 0
+    return min(steps, cores()), 1
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    if "MAKELEVEL" in os.environ:
+        follow_parent()
+    parser = argparse.ArgumentParser(prog="stages.chain", description=__doc__.splitlines()[0])
+    parser.add_argument("target", choices=(*STAGES, "demo"))
+    parser.add_argument("overrides", nargs="*", metavar="name=value", help="Hydra overrides")
+    parser.add_argument("--seeds", help="demo: train seeds 1..N")
+    parser.add_argument("--arms", help="demo: names in conf/arm, with commas between")
+    args = parser.parse_intermixed_args(argv)
+    arms = [name.strip() for name in args.arms.split(",") if name.strip()] if args.arms else None
+    return guarded(lambda: walk(plan(args.target, args.overrides, _count(args.seeds), arms)))
+
+
+def _count(seeds: str | None) -> int | None:
+    if seeds is None:
+        return None
+    if not seeds.isdecimal() or int(seeds) < 1:
+        raise UserError(f"SEEDS={seeds}: give a whole number from 1 on")
+    return int(seeds)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

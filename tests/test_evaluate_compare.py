@@ -1,0 +1,136 @@
+"""The comparison: schema of the summary, refusal of mixed settings, the printed table."""
+
+import json
+
+import numpy as np
+import pytest
+
+from pipeline.errors import UserError
+from pipeline.evaluate.compare import ArmResults, by_group, failures, summarise, table, yes_no
+
+SETTINGS = {"decoding": "greedy", "max_new_tokens": 8}
+
+
+def answers(seed, share, n=200, settings=SETTINGS, tasks=("test", "ood")):
+    rng = np.random.default_rng(seed)
+    return [
+        {
+            "uid": f"{task}/{i:05d}:1",
+            "task": task,
+            "kind": ("shape", "count")[i % 2],
+            "group": ("shape", "count")[i % 2],
+            "cluster": f"{task}{i // 2}",
+            "correct": bool(rng.random() < share),
+            "failure": "empty" if i == 0 else "",
+            "settings": dict(settings),
+        }
+        for task in tasks
+        for i in range(n)
+    ]
+
+
+def words(seed, share, n=150):
+    rng = np.random.default_rng(seed)
+    return [
+        {"uid": f"test/{i:05d}:1:0", "task": "test", "cluster": f"{i}", "hit": bool(rng.random() < share)}
+        for i in range(n)
+    ]
+
+
+def arms(seeds=(1,), **settings):
+    return [
+        ArmResults("base", {None: answers(0, 0.2)}, {None: words(0, 0.2)}),
+        ArmResults("sft", {s: answers(s, 0.3) for s in seeds}, {s: words(s, 0.4) for s in seeds}),
+        ArmResults("lavender", {s: answers(100 + s, 0.6) for s in seeds}, {s: words(100 + s, 0.8) for s in seeds}),
+    ]
+
+
+def test_schema():
+    summary = summarise(arms(), ["test", "ood"], "test", "sft")
+    assert json.loads(json.dumps(summary)) == summary
+    assert list(summary["arms"]) == ["base", "sft", "lavender"]
+    for entry in summary["arms"].values():
+        assert {k: set(v) for k, v in entry.items()} == {
+            "test": {"accuracy", "ci95", "n"},
+            "ood": {"accuracy", "ci95", "n"},
+            "pointing": {"value", "ci95", "n"},
+        }
+        assert entry["test"]["n"] == 200
+        assert entry["pointing"]["n"] == 150
+        assert entry["test"]["ci95"][0] < entry["test"]["accuracy"] < entry["test"]["ci95"][1]
+    assert summary["seeds"] == [1]
+    paired = summary["paired"]
+    assert paired["reference"] == "sft"
+    assert paired["covers"] == "examples"
+    assert set(paired["arms"]) == {"base", "lavender"}
+    assert paired["arms"]["lavender"]["test"]["real"]
+    assert paired["arms"]["lavender"]["test"]["p"] < 0.001
+    assert paired["arms"]["lavender"]["test"]["mcnemar_p"] < 0.001
+
+
+def test_table_says_what_intervals_cover():
+    one = table(summarise(arms(), ["test", "ood"], "test", "sft"), ["test", "ood"])
+    assert one.splitlines()[0].split(" | ")[0].strip() == "arm"
+    assert [h.strip() for h in one.splitlines()[0].split("|")] == ["arm", "test accuracy", "ood accuracy", "pointing"]
+    assert "over examples only (one seed: 1)" in one
+    several = table(summarise(arms((1, 2, 3)), ["test", "ood"], "test", "sft"), ["test", "ood"])
+    assert "over 3 seeds and examples" in several
+
+
+def test_missing_task_and_missing_reference():
+    alone = [ArmResults("base", {None: answers(0, 0.2, tasks=("test",))}, {None: []})]
+    summary = summarise(alone, ["test", "ood"], "test", "sft")
+    assert set(summary["arms"]["base"]) == {"test"}
+    assert summary["paired"]["arms"] == {}
+    assert "| -" in table(summary, ["test", "ood"])
+
+
+def test_mixed_settings_are_refused():
+    mixed = [
+        ArmResults("sft", {1: answers(1, 0.3)}, {1: []}),
+        ArmResults("lavender", {1: answers(2, 0.3, settings={**SETTINGS, "max_new_tokens": 16})}, {1: []}),
+    ]
+    with pytest.raises(UserError, match=r"sft-1 and lavender-1 .*max_new_tokens: 8 and 16"):
+        summarise(mixed, ["test"], "test", "sft")
+
+
+def test_other_questions_are_refused():
+    short = [
+        ArmResults("sft", {1: answers(1, 0.3)}, {1: []}),
+        ArmResults("lavender", {1: answers(2, 0.3, 90)}, {1: []}),
+    ]
+    with pytest.raises(UserError, match="different questions"):
+        summarise(short, ["test"], "test", "sft")
+
+
+def test_broken_arm_is_significantly_worse_and_itself_is_not():
+    good = [row | {"correct": i % 10 < 6} for i, row in enumerate(answers(1, 0.5, 400))]
+    shuffled = [row | {"correct": i % 10 < 2} for i, row in enumerate(good)]
+    pair = [ArmResults("sft", {1: good}, {1: []}), ArmResults("broken", {1: shuffled}, {1: []})]
+    found = summarise([*pair, ArmResults("again", {1: good}, {1: []})], ["test"], "test", "sft")["paired"]["arms"]
+    assert found["broken"]["test"]["real"]
+    assert found["broken"]["test"]["difference"] < 0
+    assert found["again"]["test"]["difference"] == 0
+    assert found["again"]["test"]["p"] == 1
+
+
+def test_kinds_and_failures():
+    kinds = by_group(arms((1, 2)), ["test"])
+    assert set(kinds["test"]) == {"count", "shape"}
+    assert kinds["test"]["count"]["lavender"]["n"] == 100
+    assert failures(arms()) == {name: {"empty": 2} for name in ("base", "sft", "lavender")}
+
+
+def test_yes_no_as_pope_reports_it():
+    told = [("yes", "yes")] * 6 + [("yes", "no")] * 2 + [("no", "yes")] * 3 + [("no", "no")] * 8 + [("no", "")]
+    rows = [
+        {"task": "t", "kind": "pope", "cluster": str(i), "gold": gold, "answer": said, "correct": gold == said}
+        for i, (gold, said) in enumerate(told)
+    ]
+    found = yes_no([ArmResults("sft", {1: rows}, {1: []})], ["t"])["t"]["sft"]
+    assert found["precision"]["value"] == pytest.approx(6 / 9, abs=1e-4)
+    assert found["recall"]["value"] == 0.75
+    assert found["f1"]["value"] == pytest.approx(12 / 17, abs=1e-4)
+    assert found["yes_rate"]["value"] == 9 / 20
+    assert found["f1"]["ci95"][0] < found["f1"]["value"] < found["f1"]["ci95"][1]
+    assert yes_no([ArmResults("sft", {1: answers(1, 0.5)}, {1: []})], ["test"]) == {}

@@ -1,0 +1,101 @@
+"""Intervals: exact values where they are known, and calibration on simulated comparisons of equals."""
+
+import numpy as np
+import pytest
+
+from pipeline.evaluate import intervals
+
+
+def test_t_matches_tables():
+    for df, quantile in ((1, 12.706), (2, 4.303), (4, 2.776), (9, 2.262), (30, 2.042), (500, 1.965)):
+        assert intervals.t_quantile(df) == pytest.approx(quantile, rel=2e-3)
+        assert intervals.t_cdf(quantile, df) == pytest.approx(0.975, abs=2e-4)
+    assert intervals.t_cdf(0, 7) == pytest.approx(0.5)
+
+
+def test_mcnemar_exact():
+    first = np.array([1] * 8 + [0] * 2 + [1] * 30)
+    second = np.array([0] * 8 + [1] * 2 + [1] * 30)
+    # 2 * (C(10,0) + C(10,1) + C(10,2)) / 2^10
+    assert intervals.mcnemar(first, second) == pytest.approx(2 * 56 / 1024)
+    assert intervals.mcnemar(first, first) == 1.0
+
+
+def test_mean_interval_covers_and_counts_clusters():
+    rng = np.random.default_rng(0)
+    values = rng.random(400) < 0.3
+    single = intervals.mean_interval(values, np.arange(400))
+    assert single.value == values.mean()
+    assert single.n == single.clusters == 400
+    assert single.hi - single.lo == pytest.approx(2 * 1.96 * np.sqrt(0.21 / 400), rel=0.15)
+    # The same answer given to four copies of each image is not four times the evidence.
+    repeated = intervals.mean_interval(np.repeat(values[:100], 4), np.repeat(np.arange(100), 4))
+    assert repeated.clusters == 100
+    assert repeated.hi - repeated.lo == pytest.approx(2 * (single.hi - single.lo), rel=0.25)
+
+
+def test_no_spread_still_has_an_interval():
+    full = intervals.mean_interval(np.ones(20), np.arange(20))
+    assert full.hi == pytest.approx(1.0)
+    assert 0.8 < full.lo < 0.9
+    with pytest.raises(ValueError, match="at least one"):
+        intervals.mean_interval([], [])
+
+
+def test_same_run_twice_is_zero():
+    values = np.random.default_rng(1).random(300) < 0.5
+    same = intervals.paired(values, values, np.arange(300))
+    assert (same.value, same.lo, same.hi, same.p, same.mcnemar_p, same.real) == (0, 0, 0, 1, 1, False)
+    seeds = np.stack([values, ~values])
+    assert intervals.two_level_paired(seeds, seeds, np.arange(300)).p == 1
+
+
+def test_broken_arm_is_worse():
+    rng = np.random.default_rng(2)
+    good, broken = rng.random(500) < 0.5, rng.random(500) < 0.3
+    found = intervals.paired(broken, good, np.repeat(np.arange(125), 4))
+    assert found.real
+    assert found.value < 0
+    assert found.p < 0.01
+    assert found.mcnemar_p < 0.01
+
+
+def _clustered(rng, arms, clusters=120, size=4):
+    """Right/wrong values of equally good arms; questions of an image share its difficulty."""
+    ease = rng.beta(1.5, 2.5, clusters).repeat(size)
+    return rng.random((arms, clusters * size)) < ease, np.arange(clusters).repeat(size)
+
+
+def test_equal_arms_are_seldom_called_different():
+    rng = np.random.default_rng(3)
+    called = 0
+    for trial in range(200):
+        (first, second), clusters = _clustered(rng, 2)
+        called += intervals.paired(first, second, clusters, draws=600, seed=trial).real
+    assert called <= 14
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.05])
+def test_equal_arms_over_seeds(spread):
+    """Also when seeds differ by more than examples do, which a plain percentile bootstrap of five seeds misses."""
+    rng = np.random.default_rng(4)
+    called = 0
+    for trial in range(200):
+        ease = rng.beta(1.5, 2.5, 300)
+        shift = rng.normal(0, spread, (10, 1))
+        answers = rng.random((10, 300)) < np.clip(ease + shift, 0, 1)
+        clusters = np.arange(300) // 3
+        called += intervals.two_level_paired(answers[:5], answers[5:], clusters, draws=300, seed=trial).real
+    assert called <= 14
+
+
+def test_two_level_is_wider_than_examples_alone():
+    rng = np.random.default_rng(5)
+    answers = rng.random((5, 400)) < np.array([0.3, 0.4, 0.5, 0.6, 0.7])[:, None]
+    over_both = intervals.two_level(answers, np.arange(400))
+    over_examples = intervals.mean_interval(answers.mean(0), np.arange(400))
+    assert over_both.value == pytest.approx(over_examples.value)
+    assert over_both.hi - over_both.lo > 3 * (over_examples.hi - over_examples.lo)
+    assert intervals.two_level(answers[:1], np.arange(400)) == intervals.mean_interval(answers[0], np.arange(400))
+    with pytest.raises(ValueError, match="do not pair"):
+        intervals.two_level_paired(answers[:2], answers[:3], np.arange(400))

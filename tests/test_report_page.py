@@ -1,0 +1,149 @@
+"""The page from synthetic results: every section, escaped texts, pictures that show what they should."""
+
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline.report import gallery, page, plots
+from pipeline.report.overlay import enlarge, outline, overlay, png
+from pipeline.report.stage import _shown
+
+EVIL = '<script>alert("x")</script>'
+
+
+def number(value, key="value"):
+    return {key: value, "ci95": [value - 0.05, value + 0.05], "n": 100}
+
+
+def change(value, real):
+    return {"difference": value, "ci95": [0.01, 0.2], "p": 0.0004, "mcnemar_p": 0.0021, "real": real, "n": 100}
+
+
+@pytest.fixture
+def summary():
+    entry = {"test": number(0.4, "accuracy"), "pointing": number(0.7)}
+    return {
+        "arms": {"base": {"test": number(0.1, "accuracy")}, "sft": entry, "lavender": entry, "mine": entry},
+        "teacher": {"pointing": 0.9, "miou": 0.5, "chance": 0.06},
+        "seeds": [1, 2],
+        "seconds": {"eval": 12.0},
+        "paired": {
+            "reference": "sft",
+            "covers": "seeds and examples",
+            "arms": {"lavender": {"test": change(0.1, True)}, "mine": {"test": change(-0.01, False)}},
+        },
+    }
+
+
+@pytest.fixture
+def details():
+    grounding = {key: number(0.5) for key in ("pointing", "mass", "miou", "chance", "centre")}
+    grounding |= {"threshold": 0.5, "threshold_from": "val", "by_word": {"colour": number(0.6)}}
+    return {
+        "model": "tiny",
+        "data": EVIL,
+        "teacher": "tiny",
+        "tasks": {"test": ["test"], "ood": ["ood_pairs"]},
+        "point_task": "test",
+        "questions": {"test": 100, "ood": 0},
+        "images": {"test": 50, "ood": 0},
+        "by_kind": {"test": {"count": {"sft": number(0.3, "accuracy"), "lavender": number(0.5, "accuracy")}}},
+        "yes_no": {"test": {"sft": {key: number(0.5) for key in ("f1", "precision", "recall", "yes_rate")}}},
+        "failures": {"sft": {"empty": 2}, "lavender": {}},
+        "grounding": {"teacher": grounding, "sft-1": grounding},
+        "jobs": [],
+        "decoding": {"decoding": "greedy", "scorers": ["exact-1", "set-1"]},
+        "versions": {"torch": "2.0"},
+    }
+
+
+def rendered(summary, details, **more):
+    curves = {"sft-1": [{"step": s, "ce": 2.0, "align": 0.0} for s in range(5)]}
+    given = {"title": EVIL, "gallery": [], "gallery_note": "", "mistakes": [], "commands": "make eval", **more}
+    return page.render(page.contents(summary=summary, details=details, curves=curves, **given))
+
+
+def test_sections_and_escaping(summary, details):
+    text = rendered(summary, details, mistakes=[("question", "kind", "right answer", "sft"), (EVIL, "k", "g", "no")])
+    assert EVIL not in text
+    assert text.count("&lt;script&gt;alert") >= 4
+    for section in ("results", "kinds", "grounding", "training", "mistakes", "facts"):
+        assert f'id="{section}"' in text
+    assert 'id="gallery"' not in text
+    assert "lavender against sft: better (+10.0 points [+1.0, +20.0]) on test." in text
+    assert "mine against sft: not distinguishable (-1.0 points" in text
+    assert "over seeds and examples, 2 seeds" in text
+    assert "not measured" in text
+    assert "yes rate" in text
+    for value in re.findall(r'(?:src|href|srcset)="([^"]*)"', text):
+        assert value.startswith(("data:", "#"))
+
+
+def test_nothing_to_compare(summary, details):
+    summary["arms"] = {"base": summary["arms"]["base"]}
+    summary["paired"] = {"reference": "base", "covers": "examples", "arms": {}}
+    summary["seeds"] = []
+    details["by_kind"], details["grounding"] = {}, {}
+    assert "nothing to compare with yet" in rendered(summary, details)
+
+
+def test_every_look_differs_and_fits(summary):
+    drawn = {look.name: plots.results(summary, ["test", "ood"], look) for look in plots.LOOKS}
+    assert len(set(drawn.values())) == 4
+    arms = list(summary["arms"])
+    assert len({plots.Look().colour(arm, arms) for arm in [*arms, "another"] if arm in arms}) == 4
+
+
+def test_overlay_is_bright_where_the_map_is():
+    image = Image.new("RGB", (64, 32), (120, 120, 120))
+    values = np.zeros((32, 32), np.float32)
+    values[:, 24:] = 7
+    shown = np.asarray(overlay(image, values, side=64)).astype(int).sum(2)
+    assert shown.shape == (32, 64)
+    assert shown[:, 52:].min() > shown[:, :44].max() + 100
+    region = np.zeros((32, 64), bool)
+    region[8:24, 8:24] = True
+    edge = outline(region, (64, 32))
+    assert edge.sum() == 60
+    assert (np.asarray(overlay(image, values, region, side=64))[edge] == 255).all()
+    assert enlarge(image, 160).size == (160, 80)
+    flat = np.asarray(overlay(image, np.ones((32, 32)), side=64))
+    assert (flat == flat[0, 0]).all()
+    assert len(png(image, colours=16)) < 1000
+
+
+def test_mistakes_show_what_was_lost_first():
+    def row(correct, raw="no"):
+        return {"prompt": "q", "task": "test", "kind": "k", "gold": "g", "raw": raw, "correct": correct, "failure": ""}
+
+    sft = {"a": row(False), "b": row(True, "g"), "c": row(True, "g")}
+    lavender = {"a": row(False), "b": row(False, "x" * 200), "c": row(True, "g")}
+    found = gallery.mistakes({"sft": sft, "lavender": lavender})
+    assert found[0][-2:] == ("sft", "lavender")
+    assert [line[3] for line in found[1:]] == ["g (right)", "no (wrong)"]
+    assert len(found[1][4]) < 100
+    assert gallery.mistakes({"sft": {"c": row(True)}}) == []
+
+
+def test_words_of_the_gallery():
+    def maps(name, *uids):
+        return gallery.Maps(name, {uid: {"task": uid[0]} for uid in uids}, {}, {})
+
+    arms = [maps("sft", *(f"t{i}" for i in range(9)), "v1"), maps("lavender", *(f"t{i}" for i in range(8)), "v1")]
+    drawn = gallery.choose(arms, "t", 5)
+    assert len(drawn) == 5
+    assert set(drawn) <= {f"t{i}" for i in range(8)}
+    last = gallery.choose(arms, "t", 8)[-1]
+    assert gallery.choose(arms, "t", 5, maps("teacher", last))[0] == last
+    assert gallery.choose([], "t", 5) == []
+
+
+def test_arms_of_the_gallery():
+    jobs = [{"arm": arm, "name": name} for arm, name in (("base", "base"), ("sft", "sft-1"), ("sft", "sft-2"))]
+    assert _shown(jobs, "sft", 2) == [("base", "base"), ("sft", "sft-1")]
+    jobs += [{"arm": arm, "name": f"{arm}-1"} for arm in ("shuffled", "lavender", "oracle")]
+    assert _shown(jobs, "sft", 2) == [("sft", "sft-1"), ("lavender", "lavender-1")]
+    assert _shown(jobs, "sft", 3)[-1] == ("lavender", "lavender-1")
+    assert _shown(jobs[:1], "base", 2) == [("base", "base")]

@@ -1,0 +1,370 @@
+"""Sources of the public data sets, each on a few inputs in the form its authors publish."""
+
+import io
+import json
+import tarfile
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+from quick_disk import quick_disk  # noqa: F401 (used by every test)
+
+from pipeline.archive.read import Archive, read_table
+from pipeline.archive.stage import shard
+from pipeline.config import Config, compose
+from pipeline.engine import EngineConfig
+from pipeline.errors import UserError
+from pipeline.sources import KINDS, open_source
+from pipeline.sources.config import DataConfig
+
+
+def png(value=0):
+    buffer = io.BytesIO()
+    Image.new("RGB", (4, 4), (value, 0, 0)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def items(split="train", **settings):
+    source = open_source(DataConfig(name="d", **settings), None)
+    found = list(source.items(split))
+    assert len(found) == source.count(split)
+    for start in range(len(found)):
+        part = list(source.items(split, start, start + 2))
+        assert [item.id for item in part] == [item.id for item in found[start : start + 2]]
+    return found
+
+
+def texts(item):
+    return [turn.get("value", turn.get("content")) for turn in item.record["conversations"]]
+
+
+def table(path, rows, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows), path, **options)
+    return path
+
+
+# --- Flickr30k ---
+
+
+@pytest.fixture
+def flickr(tmp_path):
+    entries = [
+        {
+            "filename": f"{n}.jpg",
+            "split": split,
+            "imgid": n,
+            "sentences": [{"raw": f"Caption {n} {c}."} for c in range(3)],
+        }
+        for n, split in enumerate(["train", "restval", "test", "val", "train"])
+    ]
+    entries[4]["sentences"] = []
+    for n in range(5):
+        (tmp_path / f"{n}.jpg").write_bytes(png(n))
+    (tmp_path / "dataset_flickr30k.json").write_text(json.dumps({"images": entries, "dataset": "flickr30k"}))
+    return {"kind": "flickr30k", "path": str(tmp_path)}
+
+
+def test_flickr30k(flickr):
+    found = items(**flickr)
+    assert [item.id for item in found] == ["0.jpg#0", "1.jpg#0", "4.jpg#0"]
+    assert texts(found[0]) == ["Describe the image.", "Caption 0 0."]
+    assert found[2].failure.status == "empty_conversation"
+    assert [item.id for item in items("test", **flickr)] == ["2.jpg#0"]
+    assert len(items(captions="all", prompt="What?", **flickr)) == 7
+    with pytest.raises(UserError, match="captions"):
+        items(captions="some", **flickr)
+
+
+def test_flickr30k_of_another_form(tmp_path):
+    (tmp_path / "x.json").write_text('{"pictures": []}')
+    with pytest.raises(UserError, match="Karpathy"):
+        items(kind="flickr30k", path=str(tmp_path / "x.json"))
+
+
+# --- tars: img2dataset and WebDataset ---
+
+
+def tar(path, members):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as file:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            file.addfile(info, io.BytesIO(data))
+    return path
+
+
+def laion(folder, shards=2):
+    for shard_number in range(shards):
+        stem = f"{shard_number:05d}"
+        keys = [f"{stem}{n:04d}" for n in range(4)]
+        rows = [
+            {"key": key, "url": f"http://x/{key}", "caption": f"A {key}", "status": "success", "error_message": None}
+            for key in keys
+        ]
+        rows[1] |= {"status": "failed_to_download", "error_message": "HTTP Error 404"}
+        table(folder / f"{stem}.parquet", rows)
+        tar(
+            folder / f"{stem}.tar",
+            [m for key in (keys[0], keys[2]) for m in ((f"{key}.jpg", png()), (f"{key}.txt", b"x"))],
+        )
+    return {"kind": "laion", "path": str(folder)}
+
+
+def test_laion(tmp_path):
+    settings = laion(tmp_path)
+    found = items(**settings)
+    assert [item.failure and item.failure.status for item in found] == [
+        None,
+        "not_downloaded",
+        None,
+        "missing_image",
+    ] * 2
+    assert "404" in found[1].failure.reason
+    assert found[0].image == png()
+    assert texts(found[2])[1] == "A 000000002"
+    whole = (tmp_path / "00000.tar").read_bytes()
+    (tmp_path / "00000.tar").write_bytes(whole[:2000])  # cut off: what it no longer reaches is missing, and told
+    from pipeline.sources import laion as module
+
+    module._members.cache_clear()
+    assert [item.failure and item.failure.status for item in items(**settings)][2] == "missing_image"
+
+
+def test_laion_as_files(tmp_path):
+    laion(tmp_path, 1)
+    (tmp_path / "00000.tar").unlink()
+    (tmp_path / "00000").mkdir()
+    (tmp_path / "00000" / "000000000.webp").write_bytes(png())
+    found = items(kind="laion", path=str(tmp_path))
+    assert found[0].image == tmp_path / "00000" / "000000000.webp"
+    assert found[2].failure.status == "missing_image"
+
+
+def test_webdataset(tmp_path):
+    llava = {"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}], "licence": "L"}
+    members = [
+        ("a/0.jpg", png()), ("a/0.json", json.dumps(llava).encode()),
+        ("a/1.png", png()), ("a/1.txt", b"a caption"),
+        ("a/2.json", json.dumps({"q": "Why?", "a": "So."}).encode()), ("a/2.jpg", png()),
+        ("a/3.jpg", png()), ("a/4.jpg", png()), ("a/4.json", b"{"),
+        ("a/5.0.jpg", png()), ("a/5.1.jpg", png()), ("a/5.txt", b"two"),
+    ]  # fmt: skip
+    path = tar(tmp_path / "00000.tar", members)
+    settings = {"kind": "webdataset", "path": str(tmp_path), "columns": {"question": "q", "answer": "a"}}
+    found = items(**settings)
+    assert [item.failure.status if item.failure else texts(item)[1] for item in found] == [
+        "A", "a caption", "So.", "missing_text", "bad_json", "unsupported",
+    ]  # fmt: skip
+    assert found[0].record["licence"] == "L"
+    whole = path.read_bytes()
+    for cut, last in ((len(whole) - 10240, "a/5"), (512 * 5 + 100, "a/")):
+        from pipeline.sources import webdataset
+
+        webdataset.samples.cache_clear()
+        path.write_bytes(whole[:cut])
+        assert items(**settings)[-1].failure.status == "damaged_tar", last
+
+
+def test_our_own_tars_come_back(tmp_path, flickr):
+    cfg = config(tmp_path, **flickr, max_failed=1)
+    shard(cfg)
+    found = items(kind="webdataset", path=str(tmp_path / "shards/d/examples/train"))
+    assert texts(found[0]) == ["Describe the image.", "Caption 0 0."]
+
+
+# --- tables ---
+
+
+def test_rlaif_v_in_its_forms(tmp_path):
+    rows = [
+        {"image": {"bytes": png(n)}, "question": f"Q{n}?", "chosen": f"A{n}", "idx": n, "origin_dataset": "VQA"}
+        for n in range(5)
+    ]
+    table(tmp_path / "a" / "RLAIF-V.parquet", rows, row_group_size=2)
+    found = items(kind="rlaif_v", path=str(tmp_path / "a"))
+    assert [item.id for item in found] == list("01234")
+    assert (texts(found[3]), found[3].image) == (["Q3?", "A3"], png(3))
+    assert found[3].record["meta"] == {"origin": "VQA"}
+    share = [{"conversations": [{"from": "human", "value": "<image>Q?"}], "chosen": {"from": "gpt", "value": "A"},
+              "rejected": {"from": "gpt", "value": "B"}, "images": [{"bytes": png(), "path": None}]}]  # fmt: skip
+    table(tmp_path / "b" / "x.parquet", share)
+    found = items(kind="rlaif_v", path=str(tmp_path / "b"))
+    assert (texts(found[0]), found[0].image) == (["<image>Q?", "A"], png())
+    share[0]["images"] = ["0.png"]
+    (tmp_path / "x.json").write_text(json.dumps(share))
+    found = items(kind="rlaif_v", path=str(tmp_path / "x.json"))
+    assert (texts(found[0]), found[0].image) == (["<image>Q?", "A"], tmp_path / "0.png")
+
+
+def test_any_table(tmp_path):
+    rows = [
+        {"picture": png(), "q": "Q?", "a": "A"},
+        {"picture": None, "q": "text only?", "a": "yes"},
+        {"picture": b"", "q": "empty?", "a": None},
+    ]
+    table(tmp_path / "data" / "train-0.parquet", rows)
+    table(tmp_path / "data" / "test-0.parquet", rows[:1])
+    columns = {"image": "picture", "question": "q", "answer": "a"}
+    splits = {"train": "data/train-*.parquet", "test": "data/test-*.parquet"}
+    settings = {"kind": "hf", "path": str(tmp_path), "columns": columns, "splits": splits}
+    found = items(**settings)
+    assert [item.image for item in found] == [png(), None, b""]
+    assert len(items("test", **settings)) == 1
+    cfg = config(tmp_path, **settings, max_failed=1)
+    counts = shard(cfg).counts["status"]
+    assert counts == {"bad_conversation": 1, "no_image": 1, "ok": 2}
+    with pytest.raises(UserError, match="picture"):
+        items(**{**settings, "columns": {"image": "photo"}})
+    (tmp_path / "bad.parquet").write_bytes(b"no")
+    with pytest.raises(UserError, match="not a readable parquet"):
+        items(kind="hf", path=str(tmp_path / "bad.parquet"))
+    with pytest.raises(UserError, match=r"no/such|does not exist"):
+        items(kind="hf", path="no/such/thing")
+
+
+# --- OCR-VQA ---
+
+
+def test_ocrvqa(tmp_path):
+    books = {
+        f"b{n}": {
+            "imageURL": f"http://x/{n}.gif",
+            "questions": ["Who?", "What?"],
+            "answers": ["Me", "It"],
+            "split": split,
+        }
+        for n, split in enumerate([1, 3, 1, 2, 1])
+    }
+    books["b4"] = {"split": 1}
+    (tmp_path / "dataset.json").write_text(json.dumps(books, indent=1))
+    (tmp_path / "images").mkdir()
+    settings = {"kind": "ocrvqa", "path": str(tmp_path)}
+    found = items(**settings)
+    assert [item.id for item in found] == ["b0", "b2", "b4"]
+    assert found[0].image == tmp_path / "images" / "b0.gif"
+    assert texts(found[0]) == ["<image>\nWho?", "Me", "What?", "It"]
+    assert found[2].failure.status == "bad_record"
+    assert [item.id for item in items("test", **settings)] == ["b1"]
+    (tmp_path / "dataset.json").write_text(json.dumps(books)[:-1])
+    with pytest.raises(UserError, match="line 1"):
+        items(**settings)
+
+
+def test_ocrvqa_as_the_authors_list(tmp_path):
+    record = {"id": "0", "image": {"<image_00>": "0.png"}, "conversations": [
+        {"role": "user", "content": "<image_00>\nWho?"}, {"role": "assistant", "content": "Me"}]}  # fmt: skip
+    (tmp_path / "list.json").write_text(json.dumps([record]))
+    (tmp_path / "0.png").write_bytes(png())
+    settings = {"kind": "ocrvqa", "path": str(tmp_path / "list.json")}
+    assert items(**settings)[0].image == tmp_path / "0.png"
+    cfg = config(tmp_path, **settings)
+    shard(cfg)
+    assert Archive(tmp_path / "shards/d/examples/train")[0].turns[0].text == "Who?"
+
+
+# --- mixture ---
+
+
+def config(tmp_path, **settings):
+    return Config(
+        data=DataConfig(**{"name": "d", "shard_size": 3, **settings}),
+        engine=EngineConfig(workers=1),
+        shards_dir=str(tmp_path / "shards"),
+    )
+
+
+@pytest.fixture
+def mixture(tmp_path, flickr):
+    folder = tmp_path / "laion"
+    laion(folder)
+    parts = {
+        "f": {**flickr, "weight": 2, "licence": "F"},
+        "l": {"kind": "laion", "path": str(folder), "limit": 6, "weight": 0.5},
+    }
+    return {"kind": "mixture", "parts": parts, "max_failed": 1}
+
+
+def test_a_mixture(tmp_path, mixture, capsys):
+    found = items(**mixture)
+    names = [item.source for item in found]
+    assert (names.count("f"), names.count("l")) == (6, 3)
+    assert names[:5].count("l") >= 1
+    assert sorted(item.id for item in found if item.source == "f") == sorted(
+        2 * ["f/0.jpg#0", "f/1.jpg#0", "f/4.jpg#0"]
+    )
+    assert [item.id for item in found if item.source == "l"] == ["l/000000000", "l/000000002", "l/000010000"]
+    result = shard(config(tmp_path, **mixture))
+    archive = Archive(tmp_path / "shards/d/examples/train")
+    assert {(example.source, example.licence) for example in archive} == {("f", "F"), ("l", "unknown")}
+    assert result.counts["repeated"]["images"] > 0
+    assert "repeated" in capsys.readouterr().out
+
+
+def test_wrong_parts(mixture):
+    for parts, match in [
+        ({}, "parts"),
+        ({"a": {"kind": "laion", "path": "x", "colour": 1}}, "colour"),
+        ({"a": {"kind": "laion", "path": ""}}, "path"),
+        ({"a": {"kind": "laion", "path": "/no"}}, "/no"),
+    ]:
+        with pytest.raises(UserError, match=match):
+            items(kind="mixture", parts=parts)
+
+
+def test_evaluation_images_are_refused(tmp_path, flickr):
+    held = tmp_path / "held"
+    held.mkdir()
+    (held / "same.png").write_bytes(png(1))
+    with pytest.raises(UserError, match=r"1 image.*1\.jpg"):
+        shard(config(tmp_path, **flickr, evaluation=[str(held)], max_failed=1))
+    (held / "same.png").write_bytes(png(200))
+    shard(config(tmp_path, **flickr, evaluation=[str(held)], max_failed=1))
+
+
+# --- what was told before can be tried again ---
+
+
+def test_only_failed_inputs_are_tried_again(tmp_path, flickr):
+    moved = tmp_path / "moved.jpg"
+    (tmp_path / "0.jpg").rename(moved)
+    cfg = config(tmp_path, **flickr, max_failed=1)
+    assert shard(cfg).counts["status"]["missing_image"] == 1
+    moved.rename(tmp_path / "0.jpg")
+    (tmp_path / "1.jpg").unlink()  # was good, so nobody looks at it again
+    assert shard(cfg).written == 0
+    cfg.data.retry_failed = True
+    result = shard(cfg)
+    assert result.counts["status"] == {"empty_conversation": 1, "ok": 4}
+    folder = tmp_path / "shards/d/examples/train"
+    assert [example.meta["id"] for example in Archive(folder)] == ["0.jpg#0", "1.jpg#0"]
+    assert [row["status"] for row in read_table(folder / "00000.parquet")] == ["ok", "ok", "empty_conversation"]
+    cfg.data.retry_failed = False
+    assert shard(cfg).written == 0
+    fresh = config(tmp_path / "fresh", **flickr, max_failed=1)
+    (tmp_path / "1.jpg").write_bytes(png(1))
+    shard(fresh)
+    again = tmp_path / "fresh/shards/d/examples/train/00000.tar"
+    assert again.read_bytes() == (folder / "00000.tar").read_bytes()
+
+
+# --- configs ---
+
+
+BUNDLED = ("easy_vqa", "world")
+GIVEN = ("flickr30k", "hf", "laion", "llava_json", "ocrvqa", "rlaif_v", "webdataset")
+
+
+@pytest.mark.parametrize("name", [*BUNDLED, *GIVEN, "lavender130k"])
+def test_every_config_composes(name):
+    data = compose([f"data={name}"]).data
+    assert (data.name, data.kind in KINDS) == (name, True)
+    if name in BUNDLED:
+        return
+    with pytest.raises(UserError, match=r"path"):
+        open_source(data, None)
+    if name in GIVEN:
+        with pytest.raises(UserError, match="/nowhere"):
+            open_source(compose([f"data={name}", "data.path=/nowhere"]).data, None)

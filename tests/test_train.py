@@ -1,0 +1,261 @@
+"""Training: what the arms pull towards, exact resume, exact batching, and what a user's mistakes print."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pipeline import receipts
+from pipeline.archive import Archive
+from pipeline.archive.stage import shard
+from pipeline.config import Config, compose
+from pipeline.errors import UserError
+from pipeline.layout import Layout
+from pipeline.mapstore import MapStore
+from pipeline.mapstore.schema import ExampleMaps
+from pipeline.mapstore.write import write_shard
+from pipeline.train import checkpoint, metrics, status
+from pipeline.train.stage import train
+from pipeline.train.targets import open_targets
+from pipeline.world.student import build_mllama
+
+SMALL = {"hidden": 32, "layers": 3, "cross": (1,), "vision_hidden": 32, "vision_layers": 1, "vocabulary": 400}
+
+
+def settings(root: Path, *more: str) -> Config:
+    return compose(
+        [
+            f"shards_dir={root}/shards",
+            f"runs_dir={root}/runs",
+            f"model.path={root}/student",
+            "data.sizes={train: 12}",
+            "data.shard_size=5",
+            "engine.workers=1",
+            "train.steps=6",
+            "train.batch_size=4",
+            "train.micro_batch=4",
+            "train.checkpoint_every=2",
+            "train.log_every=1",
+            "train.freeze=[vision_model]",
+            *more,
+        ]
+    )
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    """Shards, a random student, and maps that are a fixed function of key and word."""
+    root = tmp_path_factory.mktemp("train")
+    cfg = settings(root)
+    shard(cfg)
+    archive = Archive(Layout(cfg).examples_dir("train"))
+    build_mllama(root / "student", [t.text for example in archive for t in example.turns], **SMALL)
+    folder = Layout(cfg).maps_split_dir("train")
+    folder.mkdir(parents=True)
+    made = []
+    for number, tar in enumerate(archive.shards):
+        rows = []
+        for example in archive.shard(number):
+            words = example.words()
+            count = len(words)
+            maps = np.random.default_rng(int(example.key)).integers(0, 256, (count, 32, 32), dtype=np.uint8)
+            span = np.tile(np.float32([0, 1]), (count, 1))
+            rows.append(ExampleMaps(example.key, words, maps, span, np.zeros(count, np.uint8)))
+        group = folder / f"{tar.stem}.zarr"
+        write_shard(group, rows)
+        receipts.write(group.with_suffix(".json"), stage="precompute", settings={}, files=[group], counts={"n": 1})
+        made.append(group.with_suffix(".json"))
+    receipts.write(folder / "manifest.json", stage="precompute", settings={}, children=made)
+    return root
+
+
+def weights(cfg: Config) -> dict[str, torch.Tensor]:
+    run = status.run_dir(cfg)
+    return load_file(run / "model" / "model.safetensors") | load_file(run / "aligner.safetensors")
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def losses(cfg: Config) -> list[tuple]:
+    return [(row["step"], row["loss"], row["ce"], row["align"]) for row in metrics.read(status.run_dir(cfg))]
+
+
+@pytest.fixture(scope="module")
+def whole(root) -> Config:
+    """A finished lavender run."""
+    cfg = settings(root, "arm=lavender", f"runs_dir={root}/whole")
+    train(cfg)
+    return cfg
+
+
+def test_a_run_changes_the_weights_and_says_up_to_date_afterwards(root, whole, capsys):
+    assert status.up_to_date(whole)
+    start = load_file(root / "student" / "model.safetensors")
+    moved = [name for name, tensor in start.items() if not torch.equal(tensor, weights(whole)[name])]
+    assert moved
+    assert not [name for name in moved if "vision_model" in name], "frozen by the settings"
+    assert len(losses(whole)) == 6
+    assert all(row[3] > 0 for row in losses(whole))
+    capsys.readouterr()
+    train(whole)
+    assert "up to date" in capsys.readouterr().out
+
+
+def test_stopped_and_resumed_equals_uninterrupted(root, whole, capsys):
+    cfg = settings(root, "arm=lavender", f"runs_dir={root}/resumed")
+    train(replace(cfg, train=replace(cfg.train, max_steps_per_call=3)))
+    assert not status.up_to_date(cfg)
+    train(cfg)
+    assert "going on from step 3" in capsys.readouterr().out
+    assert same(weights(cfg), weights(whole))
+    assert losses(cfg) == losses(whole)
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(root, whole, capsys):
+    cfg = settings(root, "arm=lavender", f"runs_dir={root}/damaged")
+    train(replace(cfg, train=replace(cfg.train, max_steps_per_call=4)))
+    newest = status.run_dir(cfg) / checkpoint.FOLDER / "00000004" / "trained.safetensors"
+    data = bytearray(newest.read_bytes())
+    data[len(data) // 2] ^= 1
+    newest.write_bytes(data)
+    train(cfg)
+    out = capsys.readouterr().out
+    assert "passed over a damaged checkpoint" in out
+    assert "going on from step 2" in out
+    assert same(weights(cfg), weights(whole))
+
+
+def test_micro_batches_do_not_change_the_run(root, whole):
+    cfg = settings(root, "arm=lavender", f"runs_dir={root}/micro", "train.micro_batch=1")
+    train(cfg)
+    split, joint = metrics.read(status.run_dir(cfg)), metrics.read(status.run_dir(whole))
+    for name in ("loss", "ce", "align", "grad_norm"):
+        assert split[0][name] == pytest.approx(joint[0][name], rel=1e-5), "the same gradient at the same weights"
+    # Adam divides by the gradient's own size, so rounding in the smallest ones grows from step to step.
+    for a, b in zip(losses(cfg), losses(whole), strict=True):
+        assert a == pytest.approx(b, abs=2e-3)
+
+
+def test_preparing_batches_in_threads_changes_nothing(root, whole):
+    cfg = settings(root, "arm=lavender", f"runs_dir={root}/threads", "train.workers=2")
+    train(cfg)
+    assert same(weights(cfg), weights(whole))
+
+
+def test_sft_needs_no_maps_and_its_losses_hold_no_alignment(root):
+    cfg = settings(root, "arm=sft", f"runs_dir={root}/sft", "teacher.name=absent")
+    train(cfg)
+    assert all(align == 0 and loss == ce for _, loss, ce, align in losses(cfg))
+
+
+def test_lora_exports_an_adapter_that_holds_the_training(root):
+    from peft import PeftModel
+
+    from pipeline.student.load import load_student
+
+    cfg = settings(root, "arm=sft", f"runs_dir={root}/lora", "train.method=lora", "train.freeze=[]", "train.lr=0.01")
+    train(cfg)
+    assert status.up_to_date(cfg)
+    adapted = PeftModel.from_pretrained(load_student(cfg.model).model, status.run_dir(cfg) / "adapter")
+    held = {name: p for name, p in adapted.named_parameters() if "lora_B" in name}
+    assert any("vision_model" in name for name in held)
+    assert all(p.abs().max() > 0 for name, p in held.items() if "language_model" in name)
+
+
+def test_other_settings_are_refused_with_the_field_that_differs(root, whole):
+    changed = replace(whole, train=replace(whole.train, lr=0.5))
+    with pytest.raises(receipts.Stale, match="lr"):
+        train(changed)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.freeze=[nothing_like_this]", "matches no parameter"),
+        ("train.freeze=['.*']", "nothing is left to train"),
+    ],
+)
+def test_mistakes_in_settings_are_one_line(root, override, message):
+    with pytest.raises(UserError, match=message):
+        train(settings(root, "arm=sft", f"runs_dir={root}/mistakes", override))
+
+
+def test_examples_the_student_cannot_take_are_written_down_and_too_many_stop_the_run(root):
+    cfg = settings(root, "arm=sft", f"runs_dir={root}/short", "model.max_length=12")
+    with pytest.raises(UserError, match="cannot be encoded"):
+        train(cfg)
+    rows = [json.loads(line) for line in (status.run_dir(cfg) / "skipped.jsonl").read_text().splitlines()]
+    assert rows
+    assert all(row["key"] and row["reason"] for row in rows)
+
+
+# --- targets --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def opened(root) -> tuple[Archive, MapStore]:
+    layout = Layout(settings(root))
+    return Archive(layout.examples_dir("train")), MapStore(layout.maps_split_dir("train"))
+
+
+def test_teacher_targets_are_the_words_own_maps(opened):
+    archive, maps = opened
+    example = archive[3]
+    words = example.words(("assistant",))
+    found, valid = open_targets("teacher", archive, maps, seed=1)(3, example, words)
+    stored = maps.get(example.key)
+    for word, target in zip(words, found, strict=True):
+        row = [tuple(w) for w in stored.words].index(tuple(word))
+        np.testing.assert_array_equal(target, stored.maps[row].astype(np.float32) / 255)
+    assert valid.all()
+
+
+def test_shuffled_targets_come_from_one_other_image_each(opened):
+    archive, maps = opened
+    shuffled = open_targets("shuffled", archive, maps, seed=1)
+    assert sorted(shuffled.other) == list(range(len(archive))), "everybody's maps are used once"
+    assert not (shuffled.other == np.arange(len(archive))).any(), "nobody keeps their own"
+    example = archive[0]
+    found, valid = shuffled(0, example, example.words(("assistant",)))
+    donor = maps.get(archive.keys[int(shuffled.other[0])])
+    assert all(any(np.array_equal(target, row.astype(np.float32) / 255) for row in donor.maps) for target in found)
+    assert valid.all()
+
+
+def test_oracle_targets_are_the_regions_and_only_where_known(opened):
+    archive, _ = opened
+    oracle = open_targets("oracle", archive, None, seed=1)
+    for index in range(len(archive)):
+        example = archive[index]
+        words = example.words(("assistant",))
+        known = {(r["turn"], r["start"], r["end"]) for r in example.meta["regions"]}
+        found, valid = oracle(index, example, words)
+        assert [bool(v) for v in valid] == [tuple(word) in known for word in words]
+        assert (found[valid].max((1, 2)) == 1).all()
+        assert (found[valid].mean((1, 2)) < 0.5).all()
+        assert not found[~valid].any()
+
+
+def test_centre_targets_are_the_same_everywhere(opened):
+    archive, _ = opened
+    example = archive[0]
+    found, valid = open_targets("centre", archive, None, seed=1)(0, example, example.words())
+    assert valid.all()
+    assert np.unravel_index(found[0].argmax(), (32, 32)) in {(15, 15), (15, 16), (16, 15), (16, 16)}
+    assert (found == found[0]).all()
+    assert (found.min(), found.max()) == (0, 1)
+
+
+def test_metrics_of_a_killed_run_lose_their_torn_last_line(tmp_path):
+    (tmp_path / metrics.FILE).write_text('{"step": 1}\n{"step": 2}\n{"st')
+    assert [row["step"] for row in metrics.read(tmp_path)] == [1, 2]
+    metrics.Metrics(tmp_path, 1).add({"step": 2, "again": True})
+    assert metrics.read(tmp_path) == [{"step": 1}, {"step": 2, "again": True}]
+    shutil.rmtree(tmp_path)
