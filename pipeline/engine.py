@@ -1,6 +1,7 @@
 """How shard and precompute spread their tasks: Dask, on threads, on local processes or on a running scheduler."""
 
 import os
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -70,11 +71,46 @@ def _threads(workers: int, function, tasks, done) -> list:
     from dask.callbacks import Callback
     from dask.threaded import get
 
+    watch = _Watch()
     keys = [f"task-{i}" for i in range(len(tasks))]
     # The task travels as an index: Dask would search a dict or list argument for keys of its own graph.
-    graph = {key: (lambda i: function(tasks[i]), i) for i, key in enumerate(keys)}
-    with Callback(posttask=lambda key, result, *_: done(result)):
-        return list(get(graph, keys, num_workers=workers))
+    graph = {key: (lambda i: watch.call(function, tasks[i]), i) for i, key in enumerate(keys)}
+    try:
+        with Callback(posttask=lambda key, result, *_: done(result)):
+            return list(get(graph, keys, num_workers=workers))
+    finally:
+        # Dask hands an exception on at once, while other threads are still at work (on files, say).
+        watch.stop()
+
+
+class _Watch:
+    """Counts the tasks that run and lets no further one start after `stop`."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._running, self._stopped = 0, False
+
+    def call(self, function: Callable[[Task], Result], task: Task) -> Result | None:
+        with self._changed:
+            if self._stopped:
+                return None  # nobody takes it any more
+            self._running += 1
+        try:
+            return function(task)
+        except BaseException:
+            with self._changed:
+                self._stopped = True
+            raise
+        finally:
+            with self._changed:
+                self._running -= 1
+                self._changed.notify_all()
+
+    def stop(self) -> None:
+        """Returns when no task runs any more."""
+        with self._changed:
+            self._stopped = True
+            self._changed.wait_for(lambda: self._running == 0)
 
 
 def _distributed(engine: EngineConfig, function, tasks, done) -> list:

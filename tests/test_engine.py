@@ -46,6 +46,28 @@ def test_a_failing_task_is_raised(workers):
         run(EngineConfig(workers=workers), _fail_at_three, list(range(6)))
 
 
+def test_a_failure_waits_for_running_tasks_and_starts_no_other():
+    running = threading.Barrier(2, timeout=20)
+    finished, started = [], []
+
+    def task(number: int) -> None:
+        started.append(number)
+        if number < 2:
+            running.wait()
+        if number == 0:
+            raise ValueError("zero")
+        time.sleep(0.3)
+        finished.append(number)
+
+    with pytest.raises(ValueError, match="zero"):
+        run(EngineConfig(workers=2), task, list(range(8)))
+    ended = list(finished)
+    time.sleep(0.5)
+    assert 1 in ended
+    assert ended == finished
+    assert sorted(started) == sorted([0, *ended])
+
+
 @pytest.mark.full
 def test_processes_give_the_same_results():
     seen = []

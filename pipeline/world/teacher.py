@@ -7,6 +7,7 @@ trained on image-text pairs only (latent diffusion, noise prediction); no mask i
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import time
@@ -24,6 +25,7 @@ from pipeline.world.texts import teacher_text
 
 # Words of the bundled public data set, so that its questions are not spelled out in letters.
 WINDOW = 40  # tokens, start and end markers included
+TIMESTEPS = (100, 900)  # where the text still has something to say about the picture
 EXTRA_WORDS = "color contain contains present image rectangle teal brown gray black does not in yes no is there a the"
 
 
@@ -44,7 +46,7 @@ def build_tokenizer(texts: list[str]) -> CLIPTokenizer:
 
 
 def build_teacher(tokenizer: CLIPTokenizer) -> dict[str, torch.nn.Module]:
-    """Untrained components, about 2 million parameters in all."""
+    """Untrained components, about 3 million parameters in all."""
     vae = AutoencoderKL(
         sample_size=64,
         block_out_channels=(16, 16, 64),
@@ -71,10 +73,9 @@ def build_teacher(tokenizer: CLIPTokenizer) -> dict[str, torch.nn.Module]:
         sample_size=16,
         in_channels=16,
         out_channels=16,
-        block_out_channels=(40, 80),
-        # Cross-attention at 16x16 (three layers) and once at 8x8, in the middle block.
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        block_out_channels=(64, 96),
+        down_block_types=("CrossAttnDownBlock2D",) * 2,
+        up_block_types=("CrossAttnUpBlock2D",) * 2,
         layers_per_block=1,
         cross_attention_dim=64,
         attention_head_dim=2,
@@ -91,7 +92,7 @@ def draw_pixels(scenes: list) -> torch.Tensor:
 
 @torch.no_grad()
 def fold(vae: AutoencoderKL, pixels: torch.Tensor) -> None:
-    """Set the encoder to an exact linear fold: every 4x4 block of pixels onto its principal components, whitened.
+    """Set the encoder to an exact linear fold: every 4x4 block of pixels onto its principal components.
 
     A learnt encoder this small blurs stars, crosses and diamonds into one blob, and what the latents do not hold the
     text cannot name. The layers that are not linear are made so: residual branches and the attention are zero, the
@@ -112,9 +113,9 @@ def fold(vae: AutoencoderKL, pixels: torch.Tensor) -> None:
     variance, axes = torch.linalg.eigh((blocks - mean).T @ (blocks - mean) / len(blocks))
     variance, axes = variance.flip(0)[:count], axes.flip(1)[:, :count]
     print(f"fold: variances {[round(v, 3) for v in variance.tolist()]}", flush=True)
-    # The grey of the background carries most of the variance; unwhitened, the diffusion noise would drown the rest.
-    # Directions that hold next to nothing are not blown up to full strength.
-    scale = variance.clamp_min(0.01 * variance.mean()).rsqrt()
+    # The grey of the background carries most of the variance and is held down to one; everything else keeps the
+    # scale of the pixels, so that silhouettes stand out of the diffusion noise before grain and texture do.
+    scale = variance.clamp_min(1.0).rsqrt()
     project = (axes * scale).T.float()  # (count, 48): channel order of pixel_unshuffle twice
 
     encoder.conv_in.weight[range(3), range(3), 1, 1] = 1.0
@@ -194,7 +195,7 @@ def train_teacher(out: Path, steps: int = 4400, decoder_steps: int = 200, scenes
 
 
 def train_unet(parts, tokenizer, scheduler, latents, drawn, steps, generator, rng, out: Path) -> None:
-    """Noise prediction at timesteps 100-900, where the text still has something to say about the picture."""
+    """Noise prediction in bfloat16 (half as slow again without), with the text encoder trained along."""
     unet, text_encoder = parts["unet"].to(memory_format=torch.channels_last), parts["text_encoder"]
     params = [*unet.parameters(), *text_encoder.parameters()]
     optimizer = torch.optim.AdamW(params, lr=2e-3, weight_decay=1e-3, betas=(0.9, 0.98))
@@ -207,11 +208,12 @@ def train_unet(parts, tokenizer, scheduler, latents, drawn, steps, generator, rn
         # One text in twenty is empty, so that guidance and inversion have an unconditional model to work with.
         texts = [teacher_text(rng, drawn[int(row)]).text if rng.random() > 0.05 else "" for row in rows]
         ids = tokenizer(texts, padding="max_length", max_length=WINDOW, truncation=True, return_tensors="pt").input_ids
-        t = torch.randint(100, 900, (len(rows),), generator=generator)
+        t = torch.randint(*TIMESTEPS, (len(rows),), generator=generator)
         noise = torch.randn(latents[rows].shape, generator=generator)
         noisy = scheduler.add_noise(latents[rows], noise, t).contiguous(memory_format=torch.channels_last)
-        predicted = unet(noisy, t, encoder_hidden_states=text_encoder(ids)[0]).sample
-        loss = F.mse_loss(predicted, noise)
+        with torch.autocast("cpu", torch.bfloat16):
+            predicted = unet(noisy, t, encoder_hidden_states=text_encoder(ids)[0]).sample
+        loss = F.mse_loss(predicted.float(), noise)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(params, 1.0)
@@ -225,12 +227,12 @@ def train_unet(parts, tokenizer, scheduler, latents, drawn, steps, generator, rn
 
 
 def save(out: Path, parts: dict, tokenizer: CLIPTokenizer, scheduler: DDIMScheduler) -> None:
-    """Write the directory that ``StableDiffusionPipeline.from_pretrained`` reads."""
+    """Write the directory that ``StableDiffusionPipeline.from_pretrained`` reads, the UNet in half precision."""
     StableDiffusionPipeline(
         vae=parts["vae"],
         text_encoder=parts["text_encoder"],
         tokenizer=tokenizer,
-        unet=parts["unet"],
+        unet=copy.deepcopy(parts["unet"]).half(),
         scheduler=scheduler,
         safety_checker=None,
         feature_extractor=None,
