@@ -16,20 +16,21 @@ from pipeline.examples import Example, Turn
 from pipeline.student.batch import IGNORED
 from pipeline.student.config import ModelConfig
 from pipeline.student.load import load_student
-from pipeline.world.scenes import render, sample_scene
+from pipeline.world.scenes import COLOURS, SHAPES, render, sample_scene
 from pipeline.world.student import build_mllama
 from pipeline.world.texts import caption, exchanges, teacher_text
 
-SIZES = {"vision_hidden": 96, "vision_layers": 3, "global_layers": 1}
+SIZES = {"vision_hidden": 96, "vision_layers": 2, "global_layers": 1}
+ALONE = 0.6  # share of the scenes with one object: shapes are learnt there first
 
 
-def train_base(out: Path, steps: int = 2000, scenes: int = 8000, seed: int = 0, batch_size: int = 32, **sizes) -> None:
+def train_base(out: Path, steps: int = 2400, scenes: int = 16000, seed: int = 0, batch_size: int = 32, **sizes) -> None:
     """Build an untrained Llama 3.2 Vision in miniature, teach it to caption scenes, and save it in ``out``.
 
     The scenes are of the train split's kind but none of its own; no question is asked but "Describe the image.".
     """
     rng = np.random.default_rng([seed, 2])
-    drawn = [sample_scene(rng, "train") for _ in range(scenes)]
+    drawn = [sample_scene(rng, "train", count=int(rng.random() < ALONE)) for _ in range(scenes)]
     # The tokenizer also sees questions, so that an answer is one token per word.
     words = [teacher_text(rng, scene).text for scene in drawn[:3000]]
     words += [e.question.text + " " + e.answer.text for scene in drawn[:3000] for e in exchanges(rng, scene, 3, False)]
@@ -40,11 +41,12 @@ def train_base(out: Path, steps: int = 2000, scenes: int = 8000, seed: int = 0, 
     print(f"base: {sum(p.numel() for p in model.parameters())} parameters", flush=True)
     images = [family.encode_one(_example(scene, "a")) for scene in drawn]
     torch.manual_seed(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01, betas=(0.9, 0.98), fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1.5e-3, weight_decay=0.01, betas=(0.9, 0.98), fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda s: min(1.0, (s + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * s / steps)))
     )
     started, running = time.monotonic(), None
+    names = {kind: _token_ids(family, words) for kind, words in (("shapes", SHAPES), ("colours", COLOURS))}
     for step in range(steps):
         items = []
         for index in rng.integers(len(drawn), size=batch_size):
@@ -60,9 +62,24 @@ def train_base(out: Path, steps: int = 2000, scenes: int = 8000, seed: int = 0, 
         optimizer.step()
         schedule.step()
         running = loss.item() if running is None else 0.98 * running + 0.02 * loss.item()
-        if step % 100 == 0:
-            print(f"base step {step} loss {running:.4f} {(time.monotonic() - started) / (step + 1):.3f} s", flush=True)
-    model.save_pretrained(out)
+        if step % 100 == 99:
+            right = {kind: _right(logits, batch.labels[:, 1:], ids) for kind, ids in names.items()}
+            seconds = (time.monotonic() - started) / (step + 1)
+            print(f"base step {step + 1} loss {running:.4f} {right} {seconds:.3f} s/step", flush=True)
+        if step % 400 == 399 or step == steps - 1:
+            model.save_pretrained(out)
+
+
+def _token_ids(family, words) -> torch.Tensor:
+    """Ids of the words that are one token with a space before them."""
+    found = [family.tokenizer(" " + word, add_special_tokens=False).input_ids for word in words]
+    return torch.tensor([ids[0] for ids in found if len(ids) == 1])
+
+
+def _right(logits: torch.Tensor, labels: torch.Tensor, ids: torch.Tensor) -> float:
+    """Share of the labels among `ids` that get the highest logit."""
+    rows = torch.isin(labels, ids)
+    return round((logits[rows].argmax(-1) == labels[rows]).float().mean().item(), 3)
 
 
 def _example(scene, text: str, picture: bool = True) -> Example:

@@ -17,7 +17,7 @@ from pipeline.world.texts import Text, exchanges
 SIZES = {"train": 1500, "val": 250, "test": 500, "ood_pairs": 170, "ood_count": 170, "ood_background": 170}
 QUESTIONS = 2  # per scene
 CAPTIONED = 0.2  # share of the scenes that also have a caption
-VERSION = 1  # of the drawing and wording; part of the source's fingerprint
+VERSION = 2  # of the drawing and wording; part of the source's fingerprint
 
 
 def write_world(out: Path, sizes: Mapping[str, int] = SIZES, seed: int = 0) -> None:
