@@ -1,4 +1,7 @@
-"""Pre-train the tiny student on captions: the "base" that every arm starts from."""
+"""Pre-train the tiny student: first its vision tower, then the whole of it on captions; the "base" of every arm.
+
+No mask and no region is ever shown to it, and no question is asked but "Describe the image.".
+"""
 
 from __future__ import annotations
 
@@ -17,17 +20,20 @@ from pipeline.student.batch import IGNORED
 from pipeline.student.config import ModelConfig
 from pipeline.student.load import load_student
 from pipeline.world.scenes import COLOURS, SHAPES, render, sample_scene
+from pipeline.world.scenes import SIZES as SIZE_NAMES
 from pipeline.world.student import build_mllama
 from pipeline.world.texts import caption, exchanges, teacher_text
 
 SIZES = {"vision_hidden": 96, "vision_layers": 2, "global_layers": 1}
-ALONE = 0.6  # share of the scenes with one object: shapes are learnt there first
+ALONE = 0.5  # share of the scenes with one object
 
 
-def train_base(out: Path, steps: int = 2400, scenes: int = 16000, seed: int = 0, batch_size: int = 32, **sizes) -> None:
+def train_base(
+    out: Path, steps: int = 1000, tower_steps: int = 900, scenes: int = 16000, seed: int = 0, **sizes
+) -> None:
     """Build an untrained Llama 3.2 Vision in miniature, teach it to caption scenes, and save it in ``out``.
 
-    The scenes are of the train split's kind but none of its own; no question is asked but "Describe the image.".
+    The scenes are of the train split's kind but none of its own.
     """
     rng = np.random.default_rng([seed, 2])
     drawn = [sample_scene(rng, "train", count=int(rng.random() < ALONE)) for _ in range(scenes)]
@@ -41,26 +47,21 @@ def train_base(out: Path, steps: int = 2400, scenes: int = 16000, seed: int = 0,
     print(f"base: {sum(p.numel() for p in model.parameters())} parameters", flush=True)
     images = [family.encode_one(_example(scene, "a")) for scene in drawn]
     torch.manual_seed(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1.5e-3, weight_decay=0.01, betas=(0.9, 0.98), fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda s: min(1.0, (s + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * s / steps)))
-    )
+    train_tower(model.model.vision_model, images, drawn, tower_steps, rng)
+    params = list(model.parameters())
+    optimizer, schedule = _optimizer(params, steps)
     started, running = time.monotonic(), None
     names = {kind: _token_ids(family, words) for kind, words in (("shapes", SHAPES), ("colours", COLOURS))}
     for step in range(steps):
         items = []
-        for index in rng.integers(len(drawn), size=batch_size):
+        for index in rng.integers(len(drawn), size=32):
             item = family.encode_one(_example(drawn[int(index)], caption(rng, drawn[int(index)]).text, picture=False))
             item.image, item.pieces, item.meta = images[index].image, images[index].pieces, images[index].meta
             items.append(item)
         batch = family.collate(items)
         logits = model(**batch.inputs, use_cache=False).logits[:, :-1]
         loss = F.cross_entropy(logits.flatten(0, 1), batch.labels[:, 1:].flatten(), ignore_index=IGNORED)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+        _update(optimizer, schedule, loss, params)
         running = loss.item() if running is None else 0.98 * running + 0.02 * loss.item()
         if step % 100 == 99:
             right = {kind: _right(logits, batch.labels[:, 1:], ids) for kind, ids in names.items()}
@@ -68,6 +69,54 @@ def train_base(out: Path, steps: int = 2400, scenes: int = 16000, seed: int = 0,
             print(f"base step {step + 1} loss {running:.4f} {right} {seconds:.3f} s/step", flush=True)
         if step % 400 == 399 or step == steps - 1:
             model.save_pretrained(out)
+
+
+def train_tower(tower: torch.nn.Module, images: list, drawn: list, steps: int, rng: np.random.Generator) -> None:
+    """Teach the vision tower to name what a picture of one object shows: its shape, colour and size.
+
+    Real towers come to a VLM with such features from image-text pairs. From captions alone this one took ten times as
+    long to tell shapes apart.
+
+    Args:
+        images: encoded examples, in the order of `drawn`; those of one object are used.
+    """
+    alone = [index for index, scene in enumerate(drawn) if len(scene.things) == 1]
+    things = [drawn[index].things[0] for index in alone]
+    names = [SHAPES, tuple(COLOURS), tuple(SIZE_NAMES)]
+    told = torch.tensor([[names[0].index(t.shape), names[1].index(t.colour), names[2].index(t.size)] for t in things])
+    heads = torch.nn.ModuleList(torch.nn.Linear(tower.config.vision_output_dim, len(group)) for group in names)
+    params = [*tower.parameters(), *heads.parameters()]
+    optimizer, schedule = _optimizer(params, steps)
+    for step in range(steps):
+        rows = rng.integers(len(alone), size=64)
+        chosen = [images[alone[row]].image for row in rows]
+        batch = {name: torch.stack([image[name] for image in chosen])[:, None] for name in chosen[0]}
+        with torch.autocast("cpu", torch.bfloat16):
+            found = tower(**batch).last_hidden_state
+        pooled = found[:, 0, 0, 1:].float().mean(1)
+        logits = [head(pooled) for head in heads]
+        loss = sum(F.cross_entropy(part, told[rows, place]) for place, part in enumerate(logits))
+        _update(optimizer, schedule, loss, params)
+        if step % 100 == 99:
+            right = [(part.argmax(1) == told[rows, i]).float().mean().item() for i, part in enumerate(logits)]
+            print(f"tower step {step + 1} loss {loss.item():.3f} right {[round(r, 3) for r in right]}", flush=True)
+
+
+def _optimizer(params: list, steps: int) -> tuple:
+    """AdamW with a short warm-up and a cosine."""
+    optimizer = torch.optim.AdamW(params, lr=1.5e-3, weight_decay=0.01, betas=(0.9, 0.98), fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda s: min(1.0, (s + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * s / steps)))
+    )
+    return optimizer, schedule
+
+
+def _update(optimizer, schedule, loss: torch.Tensor, params: list) -> None:
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(params, 1.0)
+    optimizer.step()
+    schedule.step()
 
 
 def _token_ids(family, words) -> torch.Tensor:

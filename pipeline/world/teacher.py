@@ -46,7 +46,7 @@ def build_tokenizer(texts: list[str]) -> CLIPTokenizer:
 
 
 def build_teacher(tokenizer: CLIPTokenizer) -> dict[str, torch.nn.Module]:
-    """Untrained components, about 3 million parameters in all."""
+    """Untrained components, about 2 million parameters in all."""
     vae = AutoencoderKL(
         sample_size=64,
         block_out_channels=(16, 16, 64),
@@ -73,9 +73,10 @@ def build_teacher(tokenizer: CLIPTokenizer) -> dict[str, torch.nn.Module]:
         sample_size=16,
         in_channels=16,
         out_channels=16,
-        block_out_channels=(64, 96),
-        down_block_types=("CrossAttnDownBlock2D",) * 2,
-        up_block_types=("CrossAttnUpBlock2D",) * 2,
+        block_out_channels=(40, 80),
+        # Cross-attention at 16x16 (three layers) and once at 8x8, in the middle block.
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
         layers_per_block=1,
         cross_attention_dim=64,
         attention_head_dim=2,
@@ -92,7 +93,7 @@ def draw_pixels(scenes: list) -> torch.Tensor:
 
 @torch.no_grad()
 def fold(vae: AutoencoderKL, pixels: torch.Tensor) -> None:
-    """Set the encoder to an exact linear fold: every 4x4 block of pixels onto its principal components.
+    """Set the encoder to an exact linear fold: every 4x4 block of pixels onto its principal components, whitened.
 
     A learnt encoder this small blurs stars, crosses and diamonds into one blob, and what the latents do not hold the
     text cannot name. The layers that are not linear are made so: residual branches and the attention are zero, the
@@ -113,9 +114,9 @@ def fold(vae: AutoencoderKL, pixels: torch.Tensor) -> None:
     variance, axes = torch.linalg.eigh((blocks - mean).T @ (blocks - mean) / len(blocks))
     variance, axes = variance.flip(0)[:count], axes.flip(1)[:, :count]
     print(f"fold: variances {[round(v, 3) for v in variance.tolist()]}", flush=True)
-    # The grey of the background carries most of the variance and is held down to one; everything else keeps the
-    # scale of the pixels, so that silhouettes stand out of the diffusion noise before grain and texture do.
-    scale = variance.clamp_min(1.0).rsqrt()
+    # The grey of the background carries most of the variance; unwhitened, the diffusion noise would drown the rest.
+    # Directions that hold next to nothing are not blown up to full strength.
+    scale = variance.clamp_min(0.01 * variance.mean()).rsqrt()
     project = (axes * scale).T.float()  # (count, 48): channel order of pixel_unshuffle twice
 
     encoder.conv_in.weight[range(3), range(3), 1, 1] = 1.0
