@@ -95,10 +95,29 @@ def cell_overlap(low: float, high: float) -> torch.Tensor:
     return torch.tensor([max(0.0, min(high, (c + 1) / 32) - max(low, c / 32)) for c in range(32)])
 
 
-def test_vectorised_loss_equals_loops():
+def test_without_an_aligner_the_attention_itself_is_compared_as_a_distribution():
+    tap, batch, _ = fake()
+    module = AlignmentLoss(3, "none", measure="kl")
+    assert not list(module.parameters())
+    raw = student_maps(tap, batch)
+    expected = 0.0
+    for w in range(len(batch.words)):
+        found, target = raw[w].mean((0, 1)), batch.targets[w] / batch.targets[w].sum()
+        found = found / found.sum()
+        expected += float((target * (target / found).log()).sum())
+    total, count = module.sums(tap, batch, batch.targets, batch.valid)
+    assert count == 5
+    assert total.item() == pytest.approx(expected, rel=1e-4)
+    total.backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in tap.probs.values())
+    assert float(module.sums(*fake((0, 0))[:2], batch.targets[:0], batch.valid[:0])[0]) == 0
+
+
+@pytest.mark.parametrize("aligner", ["sim", "none"])
+def test_vectorised_loss_equals_loops(aligner):
     tap, batch, pieces = fake()
     torch.manual_seed(0)
-    module = AlignmentLoss(3, "sim", weight=2.0)
+    module = AlignmentLoss(3, aligner, weight=2.0)
     with torch.no_grad():
         expected = reference(tap, batch, pieces, module)
         total, count = module.sums(tap, batch, batch.targets, batch.valid)

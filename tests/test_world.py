@@ -125,11 +125,43 @@ def test_the_autoencoders_fold_is_the_principal_components_of_pixel_blocks():
     latents = encode(vae, pixels).double()
     blocks = pixels.reshape(-1, 3, 16, 4, 16, 4).permute(0, 2, 4, 1, 3, 5).reshape(-1, 48).double()
     variance, axes = torch.linalg.eigh(torch.cov(blocks.T, correction=0))
-    variance, axes = variance.flip(0)[:16], axes.flip(1)[:, :16]
+    variance, axes = variance.flip(0)[:8], axes.flip(1)[:, :8]
     # Least squares from latents back to blocks: a linear fold onto the leading components loses only the others.
-    flat = latents.permute(0, 2, 3, 1).reshape(-1, 16)
+    flat = latents.permute(0, 2, 3, 1).reshape(-1, 8)
     flat = torch.cat([flat, torch.ones(len(flat), 1).double()], 1)
     rest = blocks - flat @ torch.linalg.lstsq(flat, blocks).solution
     lost = torch.cov(blocks.T, correction=0).diagonal().sum() - variance.sum()
     assert float(rest.square().sum(1).mean()) == pytest.approx(float(lost), rel=1e-2)
     assert float(latents.std()) == pytest.approx(1, abs=0.05)
+
+
+def test_bag_error_is_the_noisy_or_of_places():
+    """Against the product over places, pair by pair."""
+    import torch
+
+    from pipeline.world.matching import NAMES, PAIRS, bag_error
+
+    torch.manual_seed(0)
+    colour, shape = (torch.randn(2, 5, len(names) + 1) for names in NAMES)
+    told = (torch.rand(2, len(PAIRS)) < 0.3).float()
+    error, absent = bag_error(colour, shape, told)
+    p, q = colour.softmax(-1), shape.softmax(-1)
+    for row in range(2):
+        wanted = 0.0
+        for k, (c, s) in enumerate(PAIRS):
+            none = torch.prod(1 - p[row, :, c] * q[row, :, s])
+            assert torch.allclose(absent[row, k].exp(), none, atol=1e-5)
+            wanted -= torch.log(1 - none) if told[row, k] else torch.log(none)
+        assert torch.allclose(error[row], wanted, rtol=1e-3)
+
+
+def test_pairs_leave_out_the_held_out_ones_and_tell_what_a_scene_holds():
+    from pipeline.world.matching import NAMES, PAIRS, told
+    from pipeline.world.scenes import HELD_OUT
+
+    named = {(NAMES[0][c], NAMES[1][s]) for c, s in PAIRS}
+    assert not named & HELD_OUT and len(named) == len(NAMES[0]) * len(NAMES[1]) - len(HELD_OUT)
+    scenes = [sample_scene(np.random.default_rng(seed), "train") for seed in range(20)]
+    for scene, row in zip(scenes, told(scenes), strict=True):
+        held = {(thing.colour, thing.shape) for thing in scene.things}
+        assert {(NAMES[0][c], NAMES[1][s]) for (c, s), there in zip(PAIRS, row, strict=True) if there} == held

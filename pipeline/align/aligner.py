@@ -36,3 +36,14 @@ class Aligner(nn.Module):
     def forward(self, maps_NHSS: torch.Tensor) -> torch.Tensor:
         """(N, heads, S, S) to (N, S, S)."""
         return self.body(maps_NHSS)[:, 0]
+
+
+class HeadMean(nn.Module):
+    """In the Aligner's place, nothing but the mean over heads: the attention itself is compared.
+
+    The Aligner's instance norm lets faint attention of any sign pass for the map; this does not.
+    """
+
+    def forward(self, maps_NHSS: torch.Tensor) -> torch.Tensor:
+        """(N, heads, S, S) to (N, S, S)."""
+        return maps_NHSS.mean(1)

@@ -6,7 +6,7 @@ from omegaconf import MISSING
 
 from pipeline.errors import UserError
 
-ALIGNERS = ("light", "sim", "deep")
+ALIGNERS = ("light", "sim", "deep", "none")
 ROWS = ("predict", "token")
 ROLES = ("user", "assistant")
 WORDS = ("content", "all")
@@ -22,7 +22,8 @@ class AlignConfig:
     """How the student's attention is compared with the maps.
 
     Args:
-        aligner: size of the small network between the two: `light`, `sim` or `deep` (2, 3 or 5 wide convolutions).
+        aligner: size of the small network between the two: `light`, `sim` or `deep` (2, 3 or 5 wide convolutions);
+            `none` compares the mean over heads itself.
         hidden: its channels.
         rows: where a word's attention is read: at the positions that predict its tokens (`predict`) or at the tokens
             themselves (`token`).

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from pipeline.align.aligner import Aligner
+from pipeline.align.aligner import Aligner, HeadMean
 from pipeline.align.released import released_maps
 from pipeline.student.capture import AttentionTap, student_maps
 
@@ -26,7 +26,7 @@ class AlignmentLoss(nn.Module):
 
     Args:
         heads: attention heads of the student's tapped layers.
-        aligner: ``light``, ``sim`` or ``deep``.
+        aligner: ``light``, ``sim``, ``deep`` or ``none``.
         hidden: the Aligner's channels.
         weight: factor of the value that calling the module gives.
         aggregation: ``per-layer``, ``mean``, ``max`` or ``flow``.
@@ -45,7 +45,9 @@ class AlignmentLoss(nn.Module):
         compat: bool = False,
     ):
         super().__init__()
-        self.aligner = Aligner(1 if aggregation == "max" else heads, aligner, hidden)
+        channels = 1 if aggregation == "max" else heads
+        self.aligner = HeadMean() if aligner == "none" else Aligner(channels, aligner, hidden)
+        self.direct = aligner == "none"
         self.weight, self.aggregation, self.measure, self.compat = weight, aggregation, measure, compat
 
     @classmethod
@@ -80,7 +82,7 @@ class AlignmentLoss(nn.Module):
             valid_W: false for words to leave out; a constant target is left out by itself.
         """
         counted_W = valid_W & varies(targets_WSS)
-        tie = sum(parameter.sum() for parameter in self.parameters()) * 0.0
+        tie = sum((parameter.sum() for parameter in self.parameters()), targets_WSS.new_zeros(())) * 0.0
         if not len(batch.words):
             return tie, counted_W.sum()
         found_WSS = self.maps(tap, batch)
@@ -110,7 +112,11 @@ class AlignmentLoss(nn.Module):
         if self.measure == "mse":
             return (min_max(found_WSS) - min_max(targets_WSS)).square().mean((1, 2))
         share_WS = targets_WSS.flatten(1) / targets_WSS.sum((1, 2)).clamp_min(SPREAD)[:, None]
-        log_WS = found_WSS.flatten(1).log_softmax(1)
+        if self.direct:  # attention already, but for the share that lies off the image
+            found_WS = found_WSS.flatten(1).clamp_min(SPREAD)
+            log_WS = (found_WS / found_WS.sum(1, keepdim=True)).log()
+        else:
+            log_WS = found_WSS.flatten(1).log_softmax(1)
         return functional.kl_div(log_WS, share_WS, reduction="none").sum(1)
 
 

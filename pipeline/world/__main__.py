@@ -1,9 +1,10 @@
 """`make world`: train the bundled teacher and student from scratch and write them to pipeline/world/models/.
 
-About an hour and a half on two cores. How the bundled ones came about, and how well they do, stands in docs/log.md.
+About an hour on one core. How the bundled ones came about, and how well they do, stands in docs/log.md.
 """
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 MODELS = Path(__file__).parent / "models"
@@ -13,7 +14,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m pipeline.world", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=MODELS, help="where teacher/ and student/ are written")
     parser.add_argument("--only", choices=("teacher", "student"), help="train one of the two")
-    parser.add_argument("--steps", type=int, help="steps of the UNet and of the student, for a quick trial")
+    parser.add_argument(
+        "--steps", type=int, help="steps of each round of the UNet and of the student, for a quick trial"
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     steps = {"steps": args.steps} if args.steps else {}
@@ -22,9 +25,10 @@ def main() -> None:
 
         train_base(args.out / "student", seed=args.seed, **steps)
     if args.only != "student":
-        from pipeline.world.teacher import train_teacher
+        from pipeline.world.teacher import ROUNDS, train_teacher
 
-        train_teacher(args.out / "teacher", seed=args.seed, **steps)
+        rounds = [replace(part, steps=args.steps) for part in ROUNDS] if args.steps else ROUNDS
+        train_teacher(args.out / "teacher", rounds, seed=args.seed)
 
 
 if __name__ == "__main__":
