@@ -176,7 +176,7 @@ def axes(sides: list[int], timesteps: list[int], most: int) -> list[list[dict]]:
     grids += [{"resolutions": pair, "resolution_weights": []} for pair in pairs]
     several = [timesteps[i : i + n] for n in (2, 3) if n <= most for i in range(len(timesteps) - n + 1)]
     return [
-        [{"phrases": level} for level in ("phrase", "clause", "mean")],
+        [{"phrases": level} for level in ("phrase", "clause", "mean", "product")],
         [{"timesteps": [t]} for t in timesteps],
         grids,
         [{"layers": layers} for layers in ("^up_blocks", "^(mid_block|up_blocks)", "^down_blocks")],

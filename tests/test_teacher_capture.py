@@ -319,6 +319,18 @@ def test_a_phrase_may_share_the_mean_of_its_maps(sd1):
     np.testing.assert_allclose(shared[red], (own[red] + own[circle]) / 2, atol=1e-6)
 
 
+def test_a_phrase_may_share_the_product_of_its_maps(sd1):
+    told = text(phrases="product")
+    own = load_teacher(config(sd1), "cpu").extract([picture()], [text()], [1])[0].maps
+    shared = load_teacher(config(sd1, phrases="product"), "cpu").extract([picture()], [told], [1])[0].maps
+    red, circle = 3, 4
+    np.testing.assert_array_equal(shared[red], shared[circle])
+    scaled = [(own[i] - own[i].min()) / (own[i].max() - own[i].min()) + 0.01 for i in (red, circle)]
+    np.testing.assert_allclose(shared[red] + 0.01, np.sqrt(scaled[0] * scaled[1]), rtol=1e-3)
+    for alone in (i for i, group in enumerate(told.sources) if group == (i,)):
+        np.testing.assert_allclose(shared[alone], own[alone], atol=1e-6)
+
+
 def test_every_word_of_a_long_text_has_a_map(sd1):
     teacher = load_teacher(config(sd1), "cpu")
     long = text(answer="The red circle is near the café. " * 12 + "x" * 200)

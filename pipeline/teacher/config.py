@@ -9,7 +9,7 @@ from pipeline.errors import UserError
 
 MAP_SIDE = 32  # cells on a side of every stored map, whatever the model's own grids
 TEXTS = ("question+answer", "answer")
-PHRASES = ("none", "phrase", "clause", "mean")
+PHRASES = ("none", "phrase", "clause", "mean", "product")
 UNITS = ("word", "token")
 GEOMETRIES = ("squash", "bucket")
 INVERSIONS = ("none", "ddim", "null-text")
@@ -51,7 +51,8 @@ class TeacherConfig:
         refine_resolution: side of the self-attention grids used by `refine`; 0 takes the finest of the used blocks.
         phrases: whose map a modifier gets: its own (`none`), that of the noun after it in its phrase (`phrase`), or
             also of the noun it is said of, in its sentence or in the question (`clause`). With `mean` a noun and all
-            that is said of it share the mean of their maps.
+            that is said of it share the mean of their maps, with `product` the geometric mean of the maps scaled to
+            [0, 1], which is high where all of the words hold.
         batch_size: windows per forward. It belongs to the fingerprint: another size moves the last bits.
         threads: CPU threads of one forward, for the same reason.
         profile: of the stored maps: `exact` (256 levels) or `compact` (16 levels, half the size).

@@ -71,11 +71,12 @@ class _Unit:
 
 @dataclass(frozen=True)
 class _Part:
-    """Where a word's map will be: a unit and a row of its maps; no unit if no window holds the word."""
+    """Where a word's map will be: a unit and a row of its maps, or several rows to be multiplied; no unit if no window
+    holds the word."""
 
     word: Word
     unit: _Unit | None = None
-    row: int = 0
+    rows: tuple[int, ...] = ()
 
 
 class Teacher:
@@ -168,16 +169,22 @@ class Teacher:
             wanted += [(token, number, (span,) if alone else group) for token, span in inside]
         spans: list[dict[Group, int]] = [{} for _ in found]
         for _, window, group in wanted:
-            if window is not None:
-                spans[window].setdefault(group, len(spans[window]))
+            for one in self._separate(group):
+                spans[window].setdefault(one, len(spans[window]))
         units = [
             _Unit(item.identity, item.seed, size, window.text, tuple(own))
             for window, own in zip(found, spans, strict=True)
         ]
         return [
-            _Part(word) if window is None else _Part(word, units[window], spans[window][group])
+            _Part(word)
+            if window is None
+            else _Part(word, units[window], tuple(spans[window][one] for one in self._separate(group)))
             for word, window, group in wanted
         ]
+
+    def _separate(self, group: Group) -> list[Group]:
+        """The spans whose maps are read as one: all of a phrase for a mean, each by itself for a product."""
+        return [(span,) for span in group] if self.cfg.phrases == "product" else [group] if group else []
 
     @staticmethod
     def _group(text: TeacherText, index: int, assigned: list, found: Sequence[Window]) -> tuple[int, Group]:
@@ -255,7 +262,7 @@ class Teacher:
             maps = np.zeros((len(parts), MAP_SIDE, MAP_SIDE), dtype=np.float32)
             for index, part in enumerate(parts):
                 if part.unit:
-                    maps[index] = done[part.unit][part.row]
+                    maps[index] = product(done[part.unit][list(part.rows)])
             found = np.array([part.unit is not None for part in parts], dtype=bool)
             yield WordMaps(tuple(part.word for part in parts), maps, found)
         # Only what no waiting item needs may be forgotten.
@@ -263,6 +270,18 @@ class Teacher:
         for unit in list(itertools.islice(done, max(0, len(done) - REMEMBERED))):
             if unit not in needed:
                 del done[unit]
+
+
+def product(maps_NYX: np.ndarray) -> np.ndarray:
+    """Geometric mean of maps, each scaled to [0, 1]: high where all of them are. One map stays as it is.
+
+    A hundredth is added to each, so that a word whose map is zero at the place does not silence the others.
+    """
+    if len(maps_NYX) == 1:
+        return maps_NYX[0]
+    low_N11, high_N11 = maps_NYX.min((1, 2), keepdims=True), maps_NYX.max((1, 2), keepdims=True)
+    scaled_NYX = (maps_NYX - low_N11) / np.maximum(high_N11 - low_N11, 1e-12)
+    return np.exp(np.log(scaled_NYX + 0.01).mean(0)) - np.float32(0.01)
 
 
 def _inside(word: Word, span: Span, window: Window, tokens: Sequence[Span]) -> list[tuple[Word, Span]]:

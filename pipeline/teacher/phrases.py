@@ -65,7 +65,7 @@ def sources(text: str, spans: list[tuple[int, int]], answer: int, level: str) ->
         spans: character spans of the words of `text`, in order.
         answer: where the answer begins in `text`.
     """
-    if level != "mean":
+    if level not in ("mean", "product"):
         return [(head,) for head in heads(text, spans, answer, level)]
     found = heads(text, spans, answer, "clause")
     groups: dict[int, list[int]] = {}

@@ -44,7 +44,8 @@ def bag_error(colour: torch.Tensor, shape: torch.Tensor, told_BK: torch.Tensor) 
     Returns:
         (B, ...) the sum over pairs, and (B, ..., K) the log of the probability that the pair is absent.
     """
-    both = colour.log_softmax(-1)[..., COLOUR_OF] + shape.log_softmax(-1)[..., SHAPE_OF]
+    # Not in half precision, where 0.9999 is 1 and certainty has no logarithm.
+    both = colour.float().log_softmax(-1)[..., COLOUR_OF] + shape.float().log_softmax(-1)[..., SHAPE_OF]
     absent = torch.log1p(-both.exp().clamp(1e-7, 1 - 1e-4)).sum(-2)
     present = torch.log(-torch.expm1(absent) + 1e-6)
     told_BK = told_BK.view(len(told_BK), *[1] * (absent.ndim - 2), -1)
