@@ -13,12 +13,12 @@ from collections.abc import Sequence
 
 import torch
 from diffusers import UNet2DConditionModel
-from torch import nn
 
 from pipeline.world.scenes import COLOURS, HELD_OUT, SHAPES, Scene
 from pipeline.world.texts import Text
 
 NAMES = (tuple(COLOURS), SHAPES)
+SEEN = 0.25  # share of the places that are looked at
 # Pairs that are held out are neither affirmed nor denied.
 PAIRS = [
     (c, s) for c, colour in enumerate(COLOURS) for s, shape in enumerate(SHAPES) if (colour, shape) not in HELD_OUT
@@ -52,7 +52,7 @@ def bag_error(colour: torch.Tensor, shape: torch.Tensor, told_BK: torch.Tensor) 
     return -(told_BK * present + (1 - told_BK) * absent).sum(-1), absent
 
 
-class Matching(nn.Module):
+class Matching:
     """The bag error of a diffusion model's cross-attention: its queries are the places, its keys the names.
 
     The keys are those of colour and shape words as they stand in the texts of the batch, one occurrence drawn for
@@ -65,14 +65,11 @@ class Matching(nn.Module):
     """
 
     def __init__(self, unet: UNet2DConditionModel, tokenizer, text_encoder):
-        super().__init__()
         self.tokenizer, self.encode = tokenizer, lambda ids: text_encoder(ids)[0]
         self.layers = {name: layer for name, layer in unet.named_modules() if name.endswith("attn2")}
         self.queries: dict[str, torch.Tensor] = {}
         for name, layer in self.layers.items():
             layer.to_q.register_forward_hook(self._keep(name))
-        # Logit of "nothing", per layer and kind.
-        self.nothing = nn.Parameter(torch.full((len(self.layers), 2), 4.0))
 
     def _keep(self, name: str):
         def hook(module, args, output):
@@ -84,10 +81,10 @@ class Matching(nn.Module):
         """(B, H, places, D) in float32."""
         return states.unflatten(-1, (self.layers[name].heads, -1)).transpose(-3, -2).float()
 
-    def forward(
+    def __call__(
         self, texts: Sequence[Text], coded, states_BLD: torch.Tensor, scenes, weight_B, generator
     ) -> torch.Tensor:
-        """The error of the latest forward of the UNet, a mean over layers and heads and, weighted, over pictures.
+        """The error of the latest forward of the UNet: a mean over layers and heads and, weighted, over pictures.
 
         Args:
             texts, coded, states_BLD: the batch's texts, tokenized and encoded.
@@ -95,17 +92,18 @@ class Matching(nn.Module):
             weight_B: (B,) how much of each picture the noise has left.
             generator: draws the occurrence of each word.
         """
-        chosen_ND = self._occurrences(texts, coded, states_BLD, generator)
+        chosen_ND = torch.cat([self._occurrences(texts, coded, states_BLD, generator), states_BLD[0, :1]])
         told_BK = told(scenes)
         losses = []
-        for place, (name, layer) in enumerate(self.layers.items()):
+        for name, layer in self.layers.items():
             query_BHPD, key_HND = self.queries[name], self._heads(name, layer.to_k(chosen_ND))
-            logits_BHPN = query_BHPD @ key_HND.mT / query_BHPD.shape[-1] ** 0.5
-            kinds = []
-            for kind, part in enumerate(logits_BHPN.split([len(names) for names in NAMES], -1)):
-                nothing = self.nothing[place, kind].expand(*part.shape[:-1], 1)
-                kinds.append(torch.cat([part, nothing], -1))
-            error_B = bag_error(*kinds, told_BK)[0].mean(1)
+            # Evidence in one place would do; with most places out of sight an object has to show it all over.
+            seen_P = torch.rand(query_BHPD.shape[2], generator=generator) < (SEEN if query_BHPD.shape[2] > 64 else 0.5)
+            logits_BHPN = query_BHPD[:, :, seen_P] @ key_HND.mT / query_BHPD.shape[-1] ** 0.5
+            # The start of the text is the same in all of them and says nothing: what shows no object belongs there.
+            *kinds, nothing = logits_BHPN.split([*(len(names) for names in NAMES), 1], -1)
+            colour, shape = (torch.cat([kind, nothing], -1) for kind in kinds)
+            error_B = bag_error(colour, shape, told_BK)[0].mean(1)
             losses.append((error_B * weight_B).sum() / weight_B.sum())
         return torch.stack(losses).mean()
 

@@ -223,15 +223,16 @@ def train_teacher(
         set_alpha_to_one=False,
         steps_offset=1,
     )
-    for part in rounds:
-        train_unet(parts, tokenizer, scheduler, latents, drawn, part, generator, rng, out)
+    matching = Matching(parts["unet"], tokenizer, parts["text_encoder"])
+    for plan in rounds:
+        train_unet(parts, tokenizer, scheduler, matching, latents, drawn, plan, generator, rng)
+        save(out, parts, tokenizer, scheduler)
 
 
-def train_unet(parts, tokenizer, scheduler, latents, drawn, plan: Round, generator, rng, out: Path) -> None:
+def train_unet(parts, tokenizer, scheduler, matching: Matching, latents, drawn, plan: Round, generator, rng) -> None:
     """One round in bfloat16 (half as slow again without), with the text encoder trained along."""
     unet, text_encoder = parts["unet"].to(memory_format=torch.channels_last), parts["text_encoder"]
-    matching = Matching(unet, tokenizer, text_encoder)
-    params = [*unet.parameters(), *text_encoder.parameters(), *matching.parameters()]
+    params = [*unet.parameters(), *text_encoder.parameters()]
     optimizer = torch.optim.AdamW(params, lr=2e-3, weight_decay=1e-3, betas=(0.9, 0.98), fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
@@ -268,8 +269,6 @@ def train_unet(parts, tokenizer, scheduler, latents, drawn, plan: Round, generat
             print(
                 f"unet step {step} noise {error.item():.4f} match {matched.item():.3f} {seconds:.3f} s/step", flush=True
             )
-        if step % 400 == 399 or step == plan.steps - 1:
-            save(out, parts, tokenizer, scheduler)
 
 
 def save(out: Path, parts: dict, tokenizer: CLIPTokenizer, scheduler: DDIMScheduler) -> None:
