@@ -144,7 +144,7 @@ def test_bag_error_is_the_noisy_or_of_places():
     torch.manual_seed(0)
     colour, shape = (torch.randn(2, 5, len(names) + 1) for names in NAMES)
     told = (torch.rand(2, len(PAIRS)) < 0.3).float()
-    error, absent = bag_error(colour, shape, told)
+    error, absent = bag_error(colour.log_softmax(-1), shape.log_softmax(-1), told)
     p, q = colour.softmax(-1), shape.softmax(-1)
     for row in range(2):
         wanted = 0.0

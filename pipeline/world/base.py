@@ -94,7 +94,7 @@ def train_tower(tower: torch.nn.Module, images: list, drawn: list, steps: int, r
             found = tower(**batch).last_hidden_state
         patches_BPD = found[:, 0, 0, 1:].float()
         told_BK = told([drawn[row] for row in rows])
-        error_B, absent_BK = bag_error(*(head(patches_BPD) for head in heads), told_BK)
+        error_B, absent_BK = bag_error(*(head(patches_BPD).log_softmax(-1) for head in heads), told_BK)
         loss = error_B.mean()
         _update(optimizer, schedule, loss, params)
         if step % 100 == 99:

@@ -9,6 +9,7 @@ caption that names every object says.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -18,7 +19,7 @@ from pipeline.world.scenes import COLOURS, HELD_OUT, SHAPES, Scene
 from pipeline.world.texts import Text
 
 NAMES = (tuple(COLOURS), SHAPES)
-SEEN = 0.25  # share of the places that are looked at
+SEEN = 0.5  # share of the places that are looked at
 # Pairs that are held out are neither affirmed nor denied.
 PAIRS = [
     (c, s) for c, colour in enumerate(COLOURS) for s, shape in enumerate(SHAPES) if (colour, shape) not in HELD_OUT
@@ -39,14 +40,15 @@ def bag_error(colour: torch.Tensor, shape: torch.Tensor, told_BK: torch.Tensor) 
     """Binary cross-entropy of the K pairs, each present with P = 1 - prod over places of (1 - P(colour) P(shape)).
 
     Args:
-        colour, shape: (B, ..., places, names + 1) logits, the last one for nothing of the kind.
+        colour, shape: (B, ..., places, names) log-probabilities, in float32: in half precision 0.9999 is 1, and
+            certainty has no logarithm.
 
     Returns:
         (B, ...) the sum over pairs, and (B, ..., K) the log of the probability that the pair is absent.
     """
-    # Not in half precision, where 0.9999 is 1 and certainty has no logarithm.
-    both = colour.float().log_softmax(-1)[..., COLOUR_OF] + shape.float().log_softmax(-1)[..., SHAPE_OF]
-    absent = torch.log1p(-both.exp().clamp(1e-7, 1 - 1e-4)).sum(-2)
+    both = colour[..., COLOUR_OF] + shape[..., SHAPE_OF]
+    pair = both.exp().clamp(1e-7, 1 - 1e-4)
+    absent = torch.log1p(-pair).sum(-2)
     present = torch.log(-torch.expm1(absent) + 1e-6)
     told_BK = told_BK.view(len(told_BK), *[1] * (absent.ndim - 2), -1)
     return -(told_BK * present + (1 - told_BK) * absent).sum(-1), absent
@@ -97,12 +99,13 @@ class Matching:
         losses = []
         for name, layer in self.layers.items():
             query_BHPD, key_HND = self.queries[name], self._heads(name, layer.to_k(chosen_ND))
-            # Evidence in one place would do; with most places out of sight an object has to show it all over.
-            seen_P = torch.rand(query_BHPD.shape[2], generator=generator) < (SEEN if query_BHPD.shape[2] > 64 else 0.5)
-            logits_BHPN = query_BHPD[:, :, seen_P] @ key_HND.mT / query_BHPD.shape[-1] ** 0.5
+            # Evidence in one place would do; with half of the places out of sight an object has to show it all over.
+            seen_P = torch.rand(query_BHPD.shape[2], generator=generator) < SEEN
+            with torch.autocast("cpu", enabled=False):
+                logits_BHPN = query_BHPD[:, :, seen_P] @ key_HND.mT / query_BHPD.shape[-1] ** 0.5
             # The start of the text is the same in all of them and says nothing: what shows no object belongs there.
-            *kinds, nothing = logits_BHPN.split([*(len(names) for names in NAMES), 1], -1)
-            colour, shape = (torch.cat([kind, nothing], -1) for kind in kinds)
+            # Colour and shape share a place's attention, so that neither word takes it from the other: half each.
+            colour, shape, _ = (math.log(2) + logits_BHPN.log_softmax(-1)).split([*map(len, NAMES), 1], -1)
             error_B = bag_error(colour, shape, told_BK)[0].mean(1)
             losses.append((error_B * weight_B).sum() / weight_B.sum())
         return torch.stack(losses).mean()
