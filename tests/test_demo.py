@@ -82,3 +82,15 @@ def test_then_everything_is_up_to_date_at_once(demo, command):
     assert "test accuracy" in result.stdout
     # processor time, not the clock: the machine may be busy with other tests
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 5
+
+
+@pytest.mark.full
+def test_public_data_go_the_same_way(command, tmp_path):
+    options = [option for option in SMALL if not option.startswith("data.")]
+    result = command("chain", "report", "data=easy_vqa", "data.limit=24", *options, cwd=tmp_path, timeout=900)
+    assert result.returncode == 0, result.stderr
+    summary = json.loads((tmp_path / "runs/tiny/easy_vqa/eval/summary.json").read_text())
+    assert set(summary["arms"]) == {"base", "sft", "lavender"}
+    assert all(arm["test"]["n"] == 20 for arm in summary["arms"].values())
+    page = (tmp_path / "runs/tiny/easy_vqa/report/index.html").read_text(encoding="utf-8")
+    assert "easy_vqa" in page
