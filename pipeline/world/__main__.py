@@ -1,6 +1,7 @@
 """`make world`: train the bundled teacher and student from scratch and write them to pipeline/world/models/.
 
-About an hour on one core. How the bundled ones came about, and how well they do, stands in docs/log.md.
+About an hour on one core. The bundled student was made so, the bundled teacher by an earlier recipe: docs/log.md has both,
+and how well they do.
 """
 
 import argparse
