@@ -1,7 +1,7 @@
 """`make world`: train the bundled teacher and student from scratch and write them to pipeline/world/models/.
 
-About an hour on one core. The bundled student was made so, the bundled teacher by an earlier recipe: docs/log.md has both,
-and how well they do.
+About an hour on one core. The bundled student was made so, the bundled teacher by an earlier recipe: docs/log.md tells
+of both and how well they do.
 """
 
 import argparse
