@@ -19,7 +19,6 @@ from pipeline.world.scenes import COLOURS, HELD_OUT, SHAPES, Scene
 from pipeline.world.texts import Text
 
 NAMES = (tuple(COLOURS), SHAPES)
-SEEN = 0.5  # share of the places that are looked at
 # Pairs that are held out are neither affirmed nor denied.
 PAIRS = [
     (c, s) for c, colour in enumerate(COLOURS) for s, shape in enumerate(SHAPES) if (colour, shape) not in HELD_OUT
@@ -99,10 +98,8 @@ class Matching:
         losses = []
         for name, layer in self.layers.items():
             query_BHPD, key_HND = self.queries[name], self._heads(name, layer.to_k(chosen_ND))
-            # Evidence in one place would do; with half of the places out of sight an object has to show it all over.
-            seen_P = torch.rand(query_BHPD.shape[2], generator=generator) < SEEN
             with torch.autocast("cpu", enabled=False):
-                logits_BHPN = query_BHPD[:, :, seen_P] @ key_HND.mT / query_BHPD.shape[-1] ** 0.5
+                logits_BHPN = query_BHPD @ key_HND.mT / query_BHPD.shape[-1] ** 0.5
             # The start of the text is the same in all of them and says nothing: what shows no object belongs there.
             # Colour and shape share a place's attention, so that neither word takes it from the other: half each.
             colour, shape, _ = (math.log(2) + logits_BHPN.log_softmax(-1)).split([*map(len, NAMES), 1], -1)
