@@ -1,7 +1,7 @@
 """`make world`: train the bundled teacher and student from scratch and write them to pipeline/world/models/.
 
-About an hour on one core. The bundled student was made so, the bundled teacher by an earlier recipe: docs/log.md tells
-of both and how well they do.
+By its steps some 50 minutes on one core. The bundled teacher went through earlier forms of `matching.Matching` on its
+way to this one; docs/log.md lists them, and how well the bundled models do.
 """
 
 import argparse

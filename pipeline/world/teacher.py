@@ -27,9 +27,9 @@ from pipeline.world.matching import Matching
 from pipeline.world.scenes import render, sample_scene
 from pipeline.world.texts import Text, teacher_text
 
-# Words of the bundled public data set, so that its questions are not spelled out in letters.
 BATCH = 32
 WINDOW = 40  # tokens, start and end markers included
+# Words of the bundled public data set, so that its questions are not spelled out in letters.
 EXTRA_WORDS = "color contain contains present image rectangle teal brown gray black does not in yes no is there a the"
 
 
@@ -201,7 +201,7 @@ def train_decoder(vae: AutoencoderKL, pixels: torch.Tensor, latents: torch.Tenso
 def train_teacher(
     out: Path, rounds: Sequence[Round] = ROUNDS, decoder_steps: int = 200, scenes: int = 12000, seed: int = 0
 ) -> None:
-    """Train and save the pipeline directory ``out``; about 45 minutes on one core with the defaults."""
+    """Train and save the pipeline directory ``out``; by its steps some 40 minutes on one core."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     rng = np.random.default_rng([seed, 1])
