@@ -2,6 +2,7 @@
 
 import pytest
 
+from pipeline.evaluate.answers import read_rows, write_rows
 from pipeline.evaluate.scoring import as_set, normalise, score
 
 
@@ -52,3 +53,12 @@ def test_normalise_and_sets():
     assert normalise("  A\tBIG\n Dog ?! ") == "a big dog"
     assert as_set("") == frozenset()
     assert as_set("a & b; c\nd") == {"a", "b", "c", "d"}
+
+
+def test_rows_survive_every_character_that_some_readers_take_for_a_line_end(tmp_path):
+    rows = [{"raw": f"a{chr(code)}b", "uid": code} for code in (0x0A, 0x0B, 0x0C, 0x0D, 0x1C, 0x85, 0x2028, 0x2029)]
+    write_rows(tmp_path / "rows.jsonl", rows)
+    assert read_rows(tmp_path / "rows.jsonl") == rows
+    with (tmp_path / "rows.jsonl").open("a") as out:
+        out.write('{"raw": "cut o')
+    assert read_rows(tmp_path / "rows.jsonl") == rows

@@ -80,5 +80,5 @@ class Pope(Source):
     def _read(self, split: str) -> list[str]:
         if split not in self._lines:
             text = self.files[split].read_text(encoding="utf-8")
-            self._lines[split] = [line for line in text.splitlines() if line.strip()]
+            self._lines[split] = [line for line in text.split("\n") if line.strip()]
         return self._lines[split]
