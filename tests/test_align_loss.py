@@ -113,6 +113,18 @@ def test_without_an_aligner_the_attention_itself_is_compared_as_a_distribution()
     assert float(module.sums(*fake((0, 0))[:2], batch.targets[:0], batch.valid[:0])[0]) == 0
 
 
+@pytest.mark.parametrize("measure", ["mse", "kl"])
+def test_sharpened_targets_are_powers_of_the_maps(measure):
+    tap, batch, _ = fake()
+    plain, sharp = AlignmentLoss(3, "none", measure=measure), AlignmentLoss(3, "none", measure=measure, sharpen=3.0)
+    with torch.no_grad():
+        expected, count = plain.sums(tap, batch, batch.targets**3, batch.valid)
+        found, counted = sharp.sums(tap, batch, batch.targets, batch.valid)
+        assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+        assert counted == count
+        assert found.item() != pytest.approx(plain.sums(tap, batch, batch.targets, batch.valid)[0].item(), rel=1e-2)
+
+
 @pytest.mark.parametrize("aligner", ["sim", "none"])
 def test_vectorised_loss_equals_loops(aligner):
     tap, batch, pieces = fake()

@@ -1,5 +1,6 @@
 """Settings of the alignment loss and of the arms of a comparison."""
 
+import math
 from dataclasses import dataclass, field
 
 from omegaconf import MISSING
@@ -31,6 +32,8 @@ class AlignConfig:
         aggregation: `per-layer` aligns each layer and takes the mean, `mean` takes the mean over layers first, `max`
             the maximum over layers and heads, `flow` the product through the layers, head by head.
         measure: `mse` compares maps scaled to [0, 1]; `kl` compares them as distributions over the image.
+        sharpen: maps are raised to this power before they are compared, which takes the weight off their faint parts; 1
+            leaves them as they are.
         layers: indices of the text layers to use; empty uses every layer that looks at the image.
         last_layers: use only so many of them, the last ones; 0 for all.
         words: `content` leaves out words that can name nothing visible (articles, prepositions, ...), `all` does not.
@@ -52,6 +55,7 @@ class AlignConfig:
     roles: list[str] = field(default_factory=lambda: ["assistant"])
     aggregation: str = "per-layer"
     measure: str = "mse"
+    sharpen: float = 1.0
     layers: list[int] = field(default_factory=list)
     last_layers: int = 0
     words: str = "content"
@@ -78,6 +82,8 @@ class AlignConfig:
         unknown = [role for role in self.roles if role not in ROLES]
         if unknown or not self.roles:
             raise UserError(f"align.roles is {list(self.roles)}: give some of {', '.join(ROLES)}")
+        if not 0 < self.sharpen < math.inf:
+            raise UserError(f"align.sharpen is {self.sharpen}: give a power above 0 (1 leaves the maps as they are)")
         if self.hidden < 1:
             raise UserError(f"align.hidden is {self.hidden}: give at least 1")
         if self.max_words < 0:

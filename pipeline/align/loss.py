@@ -32,6 +32,7 @@ class AlignmentLoss(nn.Module):
         aggregation: ``per-layer``, ``mean``, ``max`` or ``flow``.
         measure: ``mse`` or ``kl``.
         compat: go from attention to maps as the released code does.
+        sharpen: power to which the targets are raised.
     """
 
     def __init__(
@@ -43,12 +44,14 @@ class AlignmentLoss(nn.Module):
         aggregation: str = "per-layer",
         measure: str = "mse",
         compat: bool = False,
+        sharpen: float = 1.0,
     ):
         super().__init__()
         channels = 1 if aggregation == "max" else heads
         self.aligner = HeadMean() if aligner == "none" else Aligner(channels, aligner, hidden)
         self.direct = aligner == "none"
         self.weight, self.aggregation, self.measure, self.compat = weight, aggregation, measure, compat
+        self.sharpen = sharpen
 
     @classmethod
     def for_tap(cls, tap: AttentionTap, cfg: "AlignConfig", weight: float = 1.0) -> "AlignmentLoss":
@@ -56,7 +59,8 @@ class AlignmentLoss(nn.Module):
         heads = {module.config.num_attention_heads for module in tap.layers.values()}
         if len(heads) != 1:
             raise ValueError(f"the tapped layers have different numbers of heads: {sorted(heads)}")
-        return cls(heads.pop(), cfg.aligner, cfg.hidden, weight, cfg.aggregation, cfg.measure, cfg.paper_compat)
+        settings = (cfg.aligner, cfg.hidden, weight, cfg.aggregation, cfg.measure, cfg.paper_compat, cfg.sharpen)
+        return cls(heads.pop(), *settings)
 
     def forward(self, tap: AttentionTap, batch: "StudentBatch") -> torch.Tensor:
         """``weight`` times the mean over the batch's words with a usable map in ``batch.targets``; 0 without any."""
@@ -86,6 +90,7 @@ class AlignmentLoss(nn.Module):
         if not len(batch.words):
             return tie, counted_W.sum()
         found_WSS = self.maps(tap, batch)
+        targets_WSS = targets_WSS**self.sharpen
         if targets_WSS.shape[-1] != found_WSS.shape[-1]:
             targets_WSS = functional.adaptive_avg_pool2d(targets_WSS, found_WSS.shape[-1])
         error_W = self._error(found_WSS, targets_WSS.to(found_WSS.dtype))

@@ -85,12 +85,16 @@ class Matching:
     def __call__(
         self, texts: Sequence[Text], coded, states_BLD: torch.Tensor, scenes, weight_B, generator
     ) -> torch.Tensor:
-        """The error of the latest forward of the UNet: a mean over layers and heads and, weighted, over pictures.
+        """The error of the latest forward of the UNet: a mean over layers and heads and, weighted, over scenes.
+
+        The forward was of 2 B pictures, first each scene upright and then each turned by half a circle. A place holds
+        what both views see there (the geometric mean of their probabilities): from one view alone the evidence settled
+        at the same edge of every object, half a cell off its middle.
 
         Args:
-            texts, coded, states_BLD: the batch's texts, tokenized and encoded.
+            texts, coded, states_BLD: the texts of the B scenes, tokenized and encoded.
             scenes: what the pictures show.
-            weight_B: (B,) how much of each picture the noise has left.
+            weight_B: (B,) how much of each scene's pictures the noise has left.
             generator: draws the occurrence of each word.
         """
         chosen_ND = torch.cat([self._occurrences(texts, coded, states_BLD, generator), states_BLD[0, :1]])
@@ -102,7 +106,8 @@ class Matching:
                 logits_BHPN = query_BHPD @ key_HND.mT / query_BHPD.shape[-1] ** 0.5
             # The start of the text is the same in all of them and says nothing: what shows no object belongs there.
             # Colour and shape share a place's attention, so that neither word takes it from the other: half each.
-            colour, shape, _ = (math.log(2) + logits_BHPN.log_softmax(-1)).split([*map(len, NAMES), 1], -1)
+            upright, turned = (math.log(2) + logits_BHPN.log_softmax(-1)).chunk(2)
+            colour, shape, _ = ((upright + turned.flip(-2)) / 2).split([*map(len, NAMES), 1], -1)
             error_B = bag_error(colour, shape, told_BK)[0].mean(1)
             losses.append((error_B * weight_B).sum() / weight_B.sum())
         return torch.stack(losses).mean()

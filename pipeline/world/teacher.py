@@ -27,7 +27,7 @@ from pipeline.world.matching import Matching
 from pipeline.world.scenes import render, sample_scene
 from pipeline.world.texts import Text, teacher_text
 
-BATCH = 32
+BATCH = 16  # scenes, each seen upright and turned
 WINDOW = 40  # tokens, start and end markers included
 # Words of the bundled public data set, so that its questions are not spelled out in letters.
 EXTRA_WORDS = "color contain contains present image rectangle teal brown gray black does not in yes no is there a the"
@@ -214,7 +214,7 @@ def train_teacher(
     latents = encode(parts["vae"], pixels)
     train_decoder(parts["vae"], pixels, latents, decoder_steps, generator)
     parts["vae"].eval()
-    latents = latents.contiguous(memory_format=torch.channels_last)
+    views = torch.stack([latents, encode(parts["vae"], pixels.flip(2, 3))])
     scheduler = DDIMScheduler(
         num_train_timesteps=1000,
         beta_start=0.00085,
@@ -226,12 +226,16 @@ def train_teacher(
     )
     matching = Matching(parts["unet"], tokenizer, parts["text_encoder"])
     for plan in rounds:
-        train_unet(parts, tokenizer, scheduler, matching, latents, drawn, plan, generator, rng)
+        train_unet(parts, tokenizer, scheduler, matching, views, drawn, plan, generator, rng)
         save(out, parts, tokenizer, scheduler)
 
 
-def train_unet(parts, tokenizer, scheduler, matching: Matching, latents, drawn, plan: Round, generator, rng) -> None:
-    """One round in bfloat16 (half as slow again without), with the text encoder trained along."""
+def train_unet(parts, tokenizer, scheduler, matching: Matching, views, drawn, plan: Round, generator, rng) -> None:
+    """One round in bfloat16 (half as slow again without), with the text encoder trained along.
+
+    Args:
+        views: (2, N, C, 16, 16) latents of the drawn scenes, upright and turned by half a circle.
+    """
     unet, text_encoder = parts["unet"].to(memory_format=torch.channels_last), parts["text_encoder"]
     params = [*unet.parameters(), *text_encoder.parameters()]
     optimizer = torch.optim.AdamW(params, lr=2e-3, weight_decay=1e-3, betas=(0.9, 0.98), fused=True)
@@ -252,14 +256,16 @@ def train_unet(parts, tokenizer, scheduler, matching: Matching, latents, drawn, 
         )
         # Less noise more often: what a word names has to be seen to be matched.
         t = (low + (high - low) * torch.rand(BATCH, generator=generator) ** 1.5).long()
-        noise = torch.randn(latents[rows].shape, generator=generator)
-        noisy = scheduler.add_noise(latents[rows], noise, t).contiguous(memory_format=torch.channels_last)
+        clean = views[:, rows].flatten(0, 1)
+        noise = torch.randn(clean.shape, generator=generator)
+        noisy = scheduler.add_noise(clean, noise, t.repeat(2)).contiguous(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16):
             states_BLD = text_encoder(coded.input_ids)[0]
-            predicted = unet(noisy, t, encoder_hidden_states=states_BLD).sample
+            predicted = unet(noisy, t.repeat(2), encoder_hidden_states=states_BLD.repeat(2, 1, 1)).sample
             left_B = scheduler.alphas_cumprod[t]
             matched = matching(texts, coded, states_BLD, [drawn[row] for row in rows], left_B, generator)
-        error = F.mse_loss(predicted.float(), noise)
+        # Of a turned picture "left of" is not true.
+        error = F.mse_loss(predicted[:BATCH].float(), noise[:BATCH])
         optimizer.zero_grad()
         (plan.noise * error + plan.match * matched).backward()
         torch.nn.utils.clip_grad_norm_(params, 1.0)
