@@ -3,7 +3,8 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help env demo shard precompute train eval report browse verify results world test test-full lint format clean
+.PHONY: help env demo shard precompute train eval report browse verify results world bench-data \
+	bench-teacher faults test test-full lint format clean
 
 # What to work on; empty means the default of conf/config.yaml (the embedded world, offline).
 DATA ?=
@@ -61,7 +62,7 @@ eval: $(READY)  ## base against every trained arm; trains sft and lavender first
 report: $(READY)  ## one HTML page with tables, curves and attention maps
 	$(CHAIN) report $(SETTINGS)
 
-world: $(READY)  ## train the bundled tiny teacher and student again (an hour and a half) [ARGS="--out DIR --only teacher"]
+world: $(READY)  ## train the bundled tiny teacher and student again (some 40 minutes) [ARGS="--out DIR --only teacher"]
 	@$(PYTHON) -m pipeline.world $(ARGS)
 
 verify: $(READY)  ## read every cached byte of DATA again and name what is damaged [ARGS=repair=true]
@@ -72,6 +73,15 @@ browse: $(READY)  ## a local page over shards: point at a word, see its map
 
 results: $(READY)  ## README's numbers from results/demo.json [SUMMARY=runs/demo/summary.json MADE_BY="make demo SEEDS=5"]
 	@$(PYTHON) -m stages.readme $(SUMMARY) $(if $(MADE_BY),--made-by '$(MADE_BY)')
+
+bench-data: $(READY)  ## how fast the data layer is, beside simpler ways [ARGS="--examples 2000 --scale 130000"]
+	@$(PYTHON) -m benchmarks.data $(ARGS)
+
+bench-teacher: $(READY)  ## what the capture of maps costs, beside the bare forward [ARGS="--shapes sd14"]
+	@$(PYTHON) -m benchmarks.teacher $(ARGS)
+
+faults: $(READY)  ## damage to the caches on purpose, and what comes of it [ARGS="--kills 20 --flips 200"]
+	@$(PYTHON) -m benchmarks.faults $(ARGS)
 
 test: $(READY)  ## the tests (some minutes)
 	@$(PYTHON) -m pytest

@@ -20,7 +20,7 @@ from pipeline.engine import cores
 from pipeline.errors import UserError
 from pipeline.layout import Layout
 from stages import jobs, results
-from stages.cli import follow_parent, guarded
+from stages.cli import USER_ERROR, follow_parent, guarded
 from stages.jobs import Job
 
 STATUS = {  # stage -> the module whose `up_to_date(cfg)` reads its receipts
@@ -123,10 +123,11 @@ def walk(work: Plan) -> int:
             continue
         start = time.monotonic()
         width, threads = side_by_side(len(steps))
+        code = None
         try:
             code = jobs.run(missing, width, threads)
         finally:
-            if not work.cfg.dry_run:
+            if not work.cfg.dry_run and code != USER_ERROR:  # what is refused leaves nothing behind
                 clock.add(stage, time.monotonic() - start)
         if code or work.cfg.dry_run:
             return code
@@ -168,14 +169,31 @@ def side_by_side(steps: int) -> tuple[int, int]:
 def main(argv: Sequence[str] | None = None) -> int:
     if "MAKELEVEL" in os.environ:
         follow_parent()
-    parser = argparse.ArgumentParser(prog="stages.chain", description=__doc__.splitlines()[0])
+    return guarded(lambda: _command(argv))
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        raise UserError(message)
+
+
+def _command(argv: Sequence[str] | None) -> int:
+    parser = _Parser(prog="stages.chain", description=__doc__.splitlines()[0])
     parser.add_argument("target", choices=(*STAGES, "demo"))
     parser.add_argument("overrides", nargs="*", metavar="name=value", help="Hydra overrides")
     parser.add_argument("--seeds", help="demo: train seeds 1..N")
     parser.add_argument("--arms", help="demo: names in conf/arm, with commas between")
     args = parser.parse_intermixed_args(argv)
-    arms = [name.strip() for name in args.arms.split(",") if name.strip()] if args.arms else None
-    return guarded(lambda: walk(plan(args.target, args.overrides, _count(args.seeds), arms)))
+    return walk(plan(args.target, args.overrides, _count(args.seeds), _names(args.arms)))
+
+
+def _names(arms: str | None) -> list[str] | None:
+    if arms is None:
+        return None
+    names = [name.strip() for name in arms.split(",") if name.strip()]
+    if not names:
+        raise UserError(f"ARMS={arms}: give names of conf/arm with commas between, as in sft,lavender")
+    return names
 
 
 def _count(seeds: str | None) -> int | None:

@@ -1,5 +1,6 @@
 """What every command shares: settings from the command line in, one clear line and an exit code out."""
 
+import errno
 import os
 import signal
 import sys
@@ -12,15 +13,24 @@ from pipeline.errors import UserError
 
 USER_ERROR = 2
 INTERRUPTED = 130
+# Failures of the disk that only the user can mend; any other failed call is a fault of the program and shows where.
+DISK = {
+    errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.EFBIG, errno.ENOSPC, errno.ENOTDIR, errno.EPERM, errno.EROFS
+}  # fmt: skip
 CHILD = "LAVENDER_CHILD"  # set in the environment of a stage that the driver started
 
 
 def guarded(body: Callable[[], int | None]) -> int:
-    """Runs `body`; a user's mistake becomes `error: ...` on stderr and exit code 2, without a traceback."""
+    """Runs `body`; a user's mistake, or a full or closed disk, becomes `error: ...` on stderr and exit code 2."""
     try:
         return body() or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return USER_ERROR
+    except OSError as error:
+        if error.errno not in DISK or error.filename is None:
+            raise
+        print(f"error: cannot read or write {error.filename}: {error.strerror}", file=sys.stderr)
         return USER_ERROR
     except KeyboardInterrupt:
         print("interrupted: run the same command again to go on from here", file=sys.stderr)

@@ -8,6 +8,7 @@ import pytest
 from conftest import SMALL
 
 STAGES = ("shard", "precompute", "train", "eval", "report")
+BUNDLED = Path(__file__).parent.parent / "pipeline/world/models"
 SHARD = Path("shards/world/examples/train/00001.tar")
 
 
@@ -40,6 +41,9 @@ def test_help_says_what_a_stage_reads_and_writes(command, stage):
         (["chain", "eval", "arm=nope"], ["unknown arm 'nope'", "sft"]),
         (["chain", "demo", "--arms", "sft,nope"], ["unknown arm 'nope'", "lavender"]),
         (["chain", "demo", "--seeds", "none"], ["SEEDS=none"]),
+        (["chain", "demo", "--arms", ","], ["ARMS=,"]),
+        (["chain", "everything"], ["everything", "precompute"]),
+        (["shard", "shards_dir=/dev/null/x"], ["/dev/null"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value[0], str) and value[0] in (*STAGES, "chain") else "",
 )
@@ -54,6 +58,7 @@ def test_missing_data_is_refused(command, tmp_path, entry):
     missing = tmp_path / "nothing" / "train.json"
     assert_refused(command(entry, *target, "data=llava_json", f"data.path={missing}", cwd=tmp_path), str(missing))
     assert_refused(command(entry, *target, "data=llava_json", cwd=tmp_path), "data.path")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_stages_say_which_stage_is_missing_before_them(command, tmp_path):
@@ -65,12 +70,30 @@ def test_stages_say_which_stage_is_missing_before_them(command, tmp_path):
 def test_a_model_without_weights_is_refused(command, small_world, tmp_path):
     work = copied(small_world, tmp_path)
     model = tmp_path / "model"
-    bundled = Path(__file__).parent.parent / "pipeline/world/models/student"
-    shutil.copytree(bundled, model, ignore=shutil.ignore_patterns("*.safetensors"))
+    shutil.copytree(BUNDLED / "student", model, ignore=shutil.ignore_patterns("*.safetensors"))
+    assert_refused(command("train", *SMALL, "arm=sft", f"model.path={model}", cwd=work), str(model))
+    shutil.copytree(BUNDLED / "student", model, dirs_exist_ok=True)
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1024])
     assert_refused(command("train", *SMALL, "arm=sft", f"model.path={model}", cwd=work), str(model))
     nothing = tmp_path / "nothing"
     assert_refused(command("train", *SMALL, "arm=sft", f"model.path={nothing}", cwd=work), str(nothing))
     assert_refused(command("precompute", *SMALL, f"teacher.path={nothing}", cwd=work), str(nothing))
+    nothing.mkdir()
+    assert_refused(command("train", *SMALL, "arm=sft", f"model.path={nothing}", cwd=work), str(nothing), "config.json")
+
+
+def test_a_teacher_without_weights_is_refused(command, small_world, tmp_path):
+    work, teacher = copied(small_world, tmp_path), tmp_path / "teacher"
+    shutil.copytree(BUNDLED / "teacher", teacher)
+    weights = next((teacher / "unet").glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-1024])
+    again = ["precompute", *SMALL, f"teacher.path={teacher}", "overwrite=true"]
+    assert_refused(command(*again, cwd=work), str(teacher / "unet"))
+    weights.unlink()
+    assert_refused(command(*again, cwd=work), str(teacher / "unet"), "no weights")
+    (teacher / "model_index.json").write_text("{")
+    assert_refused(command(*again, cwd=work), "model_index.json")
 
 
 def test_a_truncated_shard_is_refused(command, small_world, tmp_path):

@@ -23,6 +23,7 @@ class AlignConfig:
     """How the student's attention is compared with the maps.
 
     Args:
+        lam: lambda, the weight of the alignment loss beside the language loss, for every arm that aligns.
         aligner: size of the small network between the two: `light`, `sim` or `deep` (2, 3 or 5 wide convolutions);
             `none` compares the mean over heads itself.
         hidden: its channels.
@@ -49,6 +50,7 @@ class AlignConfig:
             vector, stretched to a square, whatever their true places. For comparison only.
     """
 
+    lam: float = 5.0
     aligner: str = "sim"
     hidden: int = 32
     rows: str = "predict"
@@ -104,7 +106,7 @@ class ArmConfig:
 
     Args:
         name: names the run, `runs/<model>/<data>/<name>-<seed>`.
-        lam: weight of the alignment loss beside the language loss; 0 trains on language only.
+        lam: weight of the alignment loss beside the language loss, commonly `${align.lam}`; 0 trains on language only.
         targets: what the attention is pulled to: the teacher's maps, another image's maps (`shuffled`), a fixed blob
             in the middle (`centre`) or the true regions where they are known (`oracle`).
     """

@@ -17,6 +17,7 @@ from pipeline.sources import open_source
 if TYPE_CHECKING:
     from pipeline.archive.write import Job
     from pipeline.config import Config
+    from pipeline.sources.base import Source
 
 
 DISK_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
@@ -57,8 +58,9 @@ def _shard(cfg: "Config", layout: Layout) -> StageResult:
         print(f"shard: up to date ({_summary(done.counts)})")
         return StageResult(done.counts, 0, done.counts["shards"])
     began = time.monotonic()
+    source = open_source(cfg.data, layout)  # first, so that data that is not there leaves no folders behind
     with receipts.hold(layout.examples_dir()):
-        jobs = _plan(cfg, layout)
+        jobs = _plan(cfg, layout, source)
         missing = [job for job in (_to_do(job, cfg) for job in jobs) if job]
         if cfg.dry_run:
             inputs = sum(job.stop - job.start for job in missing)
@@ -70,10 +72,9 @@ def _shard(cfg: "Config", layout: Layout) -> StageResult:
     return StageResult(counts, len(missing), len(jobs) - len(missing))
 
 
-def _plan(cfg: "Config", layout: Layout) -> list["Job"]:
+def _plan(cfg: "Config", layout: Layout, source: "Source") -> list["Job"]:
     from pipeline.archive.write import Job, Rules
 
-    source = open_source(cfg.data, layout)
     identity = status.inputs(source, layout)
     rules = Rules(**status.settings(cfg))
     jobs = []

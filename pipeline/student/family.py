@@ -7,7 +7,6 @@ weights are loaded. A new family subclasses `Family` in a module of its own and 
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -184,20 +183,3 @@ class Family:
     def locate(self, ids: list[int]) -> dict[str, int]:
         """Where the image stands in the ids, for `collate_image`."""
         return {}
-
-
-def words_only(batch: StudentBatch, keep: torch.Tensor) -> StudentBatch:
-    """The batch with only the words where ``keep`` (W,) is true."""
-    kept = keep.nonzero()[:, 0]
-    rows = keep[batch.words.row_word]
-    place = torch.cumsum(keep.long(), 0) - 1
-    words = replace(
-        batch.words,
-        word=[batch.words.word[i] for i in kept.tolist()],
-        word_example=batch.words.word_example[kept],
-        row_batch=batch.words.row_batch[rows],
-        row_pos=batch.words.row_pos[rows],
-        row_word=place[batch.words.row_word[rows]],
-        row_slot=batch.words.row_slot[rows],
-    )
-    return replace(batch, words=words)

@@ -71,6 +71,7 @@ def load_student(cfg: ModelConfig, align: "AlignConfig | None" = None) -> Studen
         UserError: nothing there, no weights, weights that do not fit, or an architecture without a family.
     """
     import torch
+    from safetensors import SafetensorError
 
     path = model_path(cfg.path)
     if not Path(path).is_dir() and (cfg.path.startswith(("bundled:", ".", "/", "~")) or cfg.path.count("/") != 1):
@@ -84,7 +85,7 @@ def load_student(cfg: ModelConfig, align: "AlignConfig | None" = None) -> Studen
             output_loading_info=True,
             **_where(cfg),
         )
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise UserError(f"cannot load the model {cfg.path}: {_first_line(error)}") from error
     missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
     if missing:
@@ -113,6 +114,8 @@ def find_family(cfg: ModelConfig, path: str) -> "type[Family]":
         except OSError as error:
             raise UserError(f"cannot read the config of {cfg.path}: {_first_line(error)}") from error
         name = found.get("model_type", "")
+        if not name:
+            raise UserError(f"{cfg.path} has no config.json with a model_type: it is not a model directory")
     if name in REFUSED:
         raise UserError(f"models of type '{name}' are not supported ({cfg.path}): {REFUSED[name]}")
     if name not in FAMILIES:

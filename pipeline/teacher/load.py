@@ -1,7 +1,6 @@
 """A teacher's weights in memory: the components of a diffusers pipeline, and the adapter that fits them."""
 
 import contextlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from pipeline.teacher.adapter import Adapter
 from pipeline.teacher.config import TeacherConfig
 from pipeline.teacher.dit import FluxAdapter, SD3Adapter
 from pipeline.teacher.unet import UNetAdapter
-from pipeline.teacher.weights import locate
+from pipeline.teacher.weights import locate, read_index
 
 FAMILIES = {
     "UNet2DConditionModel": UNetAdapter,
@@ -54,7 +53,7 @@ def device_of(cfg: TeacherConfig) -> str:
 
 def pipeline_kind(directory: Path) -> str:
     """The class of the pipeline in a directory, e.g. StableDiffusionPipeline."""
-    return json.loads((directory / "model_index.json").read_text()).get("_class_name", "pipeline of no stated class")
+    return read_index(directory).get("_class_name", "pipeline of no stated class")
 
 
 def load_parts(directory: Path, dtype: torch.dtype) -> dict[str, object]:
@@ -65,8 +64,9 @@ def load_parts(directory: Path, dtype: torch.dtype) -> dict[str, object]:
     """
     import diffusers
     import transformers
+    from safetensors import SafetensorError
 
-    index = json.loads((directory / "model_index.json").read_text())
+    index = read_index(directory)
     libraries = {"diffusers": diffusers, "transformers": transformers}
     parts = {}
     for name, value in index.items():
@@ -80,13 +80,15 @@ def load_parts(directory: Path, dtype: torch.dtype) -> dict[str, object]:
             raise UserError(f"{directory}: component '{name}' is a {library}.{kind}, which is not known here")
         options = {}
         if isinstance(cls, type) and issubclass(cls, torch.nn.Module):
+            if not any((directory / name).glob("*.safetensors")):
+                raise UserError(f"teacher component {directory / name} has no weights (*.safetensors)")
             # float16 overflows in the encoder of some VAEs
             half = dtype == torch.float16 and name == "vae"
             options = {"torch_dtype": torch.float32 if half else dtype, "use_safetensors": True}
         try:
             with _quiet():
                 parts[name] = cls.from_pretrained(directory / name, local_files_only=True, **options)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             first = str(error).strip().splitlines()[0]
             raise UserError(f"teacher component {directory / name} cannot be loaded: {first}") from error
     if "vae" in parts:

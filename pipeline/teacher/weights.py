@@ -35,6 +35,19 @@ def locate(cfg: TeacherConfig) -> Path:
     return _from_hub(cfg)
 
 
+def read_index(directory: Path) -> dict:
+    """The pipeline's `model_index.json`.
+
+    Raises:
+        UserError: it is not valid JSON.
+    """
+    file = directory / INDEX
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file} is not valid JSON: {error}") from error
+
+
 def _from_hub(cfg: TeacherConfig) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -64,6 +77,6 @@ def _from_hub(cfg: TeacherConfig) -> Path:
 
 def digest(path: Path) -> str:
     """Names the content of a pipeline directory: its components' configs, vocabularies and weights."""
-    index = json.loads((path / INDEX).read_text())
+    index = read_index(path)
     parts = [name for name, value in index.items() if isinstance(value, list) and value[0]]
     return directory_digest(path, [file for part in parts for file in (path / part).rglob("*")])

@@ -1,6 +1,6 @@
 """`make world`: train the bundled teacher and student from scratch and write them to pipeline/world/models/.
 
-By its steps some 50 minutes on one core. The bundled teacher went through earlier forms of `matching.Matching` on its
+By its steps some 40 minutes on one core. The bundled teacher went through earlier forms of `matching.Matching` on its
 way to this one; docs/log.md lists them, and how well the bundled models do.
 """
 
