@@ -20,16 +20,22 @@ STAGES = ("shard", "precompute", "train", "eval", "report")
 def demo(command, tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
     """A demo that was killed while it worked on the maps, and then run to its end."""
     folder = tmp_path_factory.mktemp("demo")
-    argv = [sys.executable, "-m", "stages.chain", "demo", *SMALL]
-    killed = subprocess.Popen(argv, cwd=folder, start_new_session=True, stdout=subprocess.DEVNULL)
+    kill_at(folder, "shards/world/maps/tiny/train/*.json", "demo", *SMALL)
+    return folder, command("chain", "demo", *SMALL, cwd=folder, timeout=600)
+
+
+def kill_at(folder: Path, sign: str, *argv: str) -> None:
+    """Starts the chain and kills it and all its processes as soon as a file that is not empty matches `sign`."""
+    killed = subprocess.Popen(
+        [sys.executable, "-m", "stages.chain", *argv], cwd=folder, start_new_session=True, stdout=subprocess.DEVNULL
+    )
     deadline = time.monotonic() + 900
-    while not list(folder.glob("shards/world/maps/tiny/train/*.json")):
-        assert time.monotonic() < deadline, "no map was written"
+    while not any(file.stat().st_size for file in folder.glob(sign)):
+        assert time.monotonic() < deadline, f"nothing like {sign} was written"
         assert killed.poll() is None, "it ended by itself"
         time.sleep(0.01)
     os.killpg(killed.pid, signal.SIGKILL)
     killed.wait()
-    return folder, command("chain", "demo", *SMALL, cwd=folder, timeout=600)
 
 
 def test_it_goes_on_and_ends(demo):
@@ -82,6 +88,20 @@ def test_then_everything_is_up_to_date_at_once(demo, command):
     assert "test accuracy" in result.stdout
     # processor time, not the clock: the machine may be busy with other tests
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 5
+
+
+@pytest.mark.full
+def test_killed_in_train_and_in_eval_it_ends_with_the_same(demo, command):
+    folder, _ = demo
+    again = [*SMALL, "runs_dir=again"]
+    kill_at(folder, "again/tiny/world/*/checkpoints/*/*.safetensors", "eval", *again)
+    kill_at(folder, "again/tiny/world/eval/*/answers-*.part", "eval", *again)
+    result = command("chain", "eval", *again, cwd=folder, timeout=600)
+    assert result.returncode == 0, result.stderr
+    for name in ("lavender-1/model/model.safetensors", "eval/lavender-1/per_sample.jsonl", "eval/base/pointing.jsonl"):
+        assert (folder / "again/tiny/world" / name).read_bytes() == (
+            folder / "runs/demo/tiny/world" / name
+        ).read_bytes()
 
 
 @pytest.mark.full
