@@ -5,6 +5,8 @@ import json
 import numpy as np
 import pytest
 
+from benchmarks import teacher_quality
+from pipeline.config import compose
 from pipeline.regions import decode_rle
 from pipeline.world.dataset import scene_rng, write_world
 from pipeline.world.scenes import COLOURS, HELD_OUT, OOD_BACKGROUNDS, SHAPES, SPLITS, masks, render, sample_scene
@@ -165,3 +167,13 @@ def test_pairs_leave_out_the_held_out_ones_and_tell_what_a_scene_holds():
     for scene, row in zip(scenes, told(scenes), strict=True):
         held = {(thing.colour, thing.shape) for thing in scene.things}
         assert {(NAMES[0][c], NAMES[1][s]) for (c, s), there in zip(PAIRS, row, strict=True) if there} == held
+
+
+def test_the_bundled_teacher_points_at_what_words_name(small_world):
+    """The measured figures are in results/teacher_quality.json; this notices weights or settings that lost them."""
+    cfg = compose([f"shards_dir={small_world / 'shards'}"])
+    scenes = [scene for part in ("val", "test") for scene in teacher_quality.split(cfg, part, 0)]
+    found = teacher_quality.words(cfg.teacher, scenes)
+    assert len(found) > 50
+    assert np.mean([word.found.hit for word in found]) > 0.7
+    assert np.mean([word.found.area for word in found]) < 0.1

@@ -2,8 +2,9 @@
 
 Everything is the real thing at a small size: an ``AutoencoderKL`` that turns 64x64 pixels into 16x16 latents, a causal
 ``CLIPTextModel`` with a ``CLIPTokenizer``, and a ``UNet2DConditionModel`` with cross-attention at 16x16 and 8x8. It is
-trained on pictures and texts only, to predict noise and to match the two by its cross-attention (`Matching`); no mask
-is ever shown to it.
+trained to predict noise from a picture's text, and to match the two by its cross-attention (`Matching`), for which it
+is told which coloured shapes the picture holds, as a caption that names them all would say. No mask and no place is
+ever shown to it.
 """
 
 from __future__ import annotations
