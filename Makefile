@@ -23,6 +23,9 @@ unexport PYTHONDONTWRITEBYTECODE
 VENV ?= .venv
 PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.ready
+INSTALL = $(PYTHON) -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
+# For the tests: the real vocabularies of CLIP and Llama 3, as files; what these packages would bring along is not needed.
+VOCABULARIES := open_clip_torch llama-models
 # The first Python that is new enough and can make environments.
 FIND_PYTHON = for p in python3.11 python3.12 python3.13 python3 python; do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && exit 0; done; \
@@ -41,7 +44,7 @@ env: $(READY)  ## the environment in .venv, from constraints.txt
 $(READY): pyproject.toml constraints.txt
 	@python=$$($(FIND_PYTHON)) && echo "environment: $$($$python --version), into $(VENV)" && \
 	{ $(PYTHON) -m pip --version >/dev/null 2>&1 || $$python -m venv --clear $(VENV); } && \
-	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[dev]'
+	$(INSTALL) -e '.[dev]' && $(INSTALL) --no-deps $(VOCABULARIES)
 	@touch $@
 
 demo: $(READY)  ## the whole chain on the embedded world, with a result table [SEEDS=5] [ARMS=sft,lavender,shuffled,oracle]
