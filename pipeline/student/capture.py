@@ -2,6 +2,11 @@
 
 One attention function is registered with transformers. It returns the fused kernel's output untouched and, in layers
 that are tapped, computes the probabilities of the wanted rows only, in float32, over all keys, with gradients.
+
+A model whose text attends to the latents of a perceiver or resampler (a *relay*) has that attention captured too, over
+all latents: its family names the modules (`Family.relays`), says how several of them compose (`Family.through`) and
+gives its pieces ``latents_Q``; `student_maps` then hands each latent's attention on to the patches. Modules of our own
+call `tapped_attention` instead of a kernel and say so by ``calls_tap = True``.
 """
 
 from typing import TYPE_CHECKING
@@ -11,7 +16,7 @@ from torch import nn
 
 from pipeline.errors import UserError
 from pipeline.student.batch import StudentBatch, WordRows
-from pipeline.student.planes import project
+from pipeline.student.planes import latent_maps, project, project_latents
 
 if TYPE_CHECKING:
     from pipeline.student.family import Family
@@ -49,17 +54,22 @@ class AttentionTap:
         if not self.layers:
             raise UserError("this model has no attention from text to image")
         self._words: WordRows | None = None
-        self._captured: dict[int, torch.Tensor] = {}
+        self._captured: dict[int | str, torch.Tensor] = {}
         self._model = model
+        self._through = family.through
+        self.relays = {f"relay {number}": module for number, module in enumerate(family.relays(model))}
         self._checkpointed = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
-        self._previous = {}
-        for index, module in self.layers.items():
-            current = module.config._attn_implementation
+        self._previous = []
+        tapped = self.layers | self.relays
+        configs = {id(m.config): m.config for m in tapped.values() if not getattr(m, "calls_tap", False)}
+        for config in configs.values():
+            current = config._attn_implementation
             if current not in SUPPORTED:
                 raise UserError(f"attention '{current}' cannot be tapped: set model.attention=sdpa")
-            self._previous[index] = current
-        _switch(model, next(iter(self.layers.values())).config, NAME)
-        for index, module in self.layers.items():
+            self._previous.append((config, current))
+        for config in configs.values():
+            _switch(model, config, NAME)
+        for index, module in tapped.items():
             module.lavender_tap = (self, index)
 
     def rows(self, words: WordRows | None) -> None:
@@ -95,9 +105,20 @@ class AttentionTap:
             raise RuntimeError(f"no attention captured in layers {missing}: run the model's forward after tap.rows")
         return {index: self._captured[index] for index in self.layers}
 
+    def relayed(self) -> torch.Tensor:
+        """The last forward's attention from latents to the relay's keys: (N, Q, K) float32, the mean over its heads.
+
+        Raises:
+            RuntimeError: the relay did not run, or there were no rows.
+        """
+        missing = [name for name in self.relays if name not in self._captured]
+        if missing or not self.relays:
+            raise RuntimeError("no attention captured in the perceiver: run the model's forward after tap.rows")
+        return self._through([self._captured[name] for name in self.relays])
+
     def capture(
         self,
-        index: int,
+        index: int | str,
         module: nn.Module,
         query_BHLD: torch.Tensor,
         key_BHKD: torch.Tensor,
@@ -109,6 +130,11 @@ class AttentionTap:
         words = self._words
         if words is None:
             return
+        if index in self.relays:
+            rows_NQ = torch.arange(query_BHLD.shape[2], device=query_BHLD.device).expand(len(query_BHLD), -1)
+            probs_NHQK = slot_probabilities(module, query_BHLD, key_BHKD, mask, scaling, is_causal, rows_NQ)
+            self._captured.setdefault(index, probs_NHQK.mean(1))
+            return
         probs_BHSK = slot_probabilities(module, query_BHLD, key_BHKD, mask, scaling, is_causal, words.slots)
         rows_RHK = probs_BHSK[words.row_batch, :, words.row_slot]
         # Gradient checkpointing runs the layer again in backward. The rows must be computed again there, so that the
@@ -117,10 +143,12 @@ class AttentionTap:
 
     def close(self) -> None:
         """Gives the model back as it was."""
-        for index, module in self.layers.items():
+        for module in (*self.layers.values(), *self.relays.values()):
             if getattr(module, "lavender_tap", (None,))[0] is self:
                 del module.lavender_tap
-                _switch(self._model, module.config, self._previous[index])
+        for config, name in self._previous:
+            _switch(self._model, config, name)
+        self._previous = []
         self.rows(None)
 
     def __enter__(self) -> "AttentionTap":
@@ -172,7 +200,8 @@ def slot_probabilities(
 def student_maps(tap: AttentionTap, batch: StudentBatch) -> torch.Tensor:
     """Raw attention of each word on the whole image: (W, layers, H, 32, 32), float32, see `planes.project`.
 
-    The mean over a word's rows; no Aligner, no normalisation.
+    The mean over a word's rows; no Aligner, no normalisation. Behind a relay: attention to the latents times the
+    latents' own attention to the patches.
     """
     captured = tap.maps()
     words = batch.words
@@ -183,15 +212,24 @@ def student_maps(tap: AttentionTap, batch: StudentBatch) -> torch.Tensor:
     count_W = torch.zeros(len(words), device=words.row_word.device).index_add_(
         0, words.row_word, torch.ones(len(words.row_word), device=words.row_word.device)
     )
+    latents_BNSS = None if batch.planes.latents is None else latent_maps(tap.relayed(), batch.planes)
     maps = []
     for probs_RHK in captured.values():
         mean_WHK = probs_RHK.new_zeros(len(words), *probs_RHK.shape[1:]).index_add(0, words.row_word, probs_RHK)
-        maps.append(project(mean_WHK / count_W[:, None, None], batch.planes, words.word_example))
+        mean_WHK = mean_WHK / count_W[:, None, None]
+        if latents_BNSS is None:
+            maps.append(project(mean_WHK, batch.planes, words.word_example))
+        else:
+            most = words.slots.shape[1]
+            maps.append(project_latents(mean_WHK, latents_BNSS, batch.planes, words.word_example, most))
     return torch.stack(maps, 1)
 
 
-def _tapped_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
-    """The function registered with transformers: its own fused attention, and the tap where there is one."""
+def tapped_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
+    """The function registered with transformers: its own fused attention, and the tap where there is one.
+
+    Returns the output (B, L, H, D) and None. Without a mask it is causal unless ``is_causal`` or the module says no.
+    """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     tap = getattr(module, "lavender_tap", None)
@@ -204,7 +242,7 @@ def _register() -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
-    AttentionInterface.register(NAME, _tapped_attention)
+    AttentionInterface.register(NAME, tapped_attention)
     # Without a mask function of the same name transformers would drop the padding mask without a word.
     AttentionMaskInterface.register(NAME, sdpa_mask)
 

@@ -79,6 +79,19 @@ class Family:
         """The image's part of the model's inputs, for ids that start after ``shift`` tokens of padding."""
         raise NotImplementedError
 
+    def relays(self, model: nn.Module) -> list[nn.Module]:
+        """Attention modules of a perceiver or resampler between patches and text, in the order they run."""
+        return []
+
+    def through(self, relays_NQK: list[torch.Tensor]) -> torch.Tensor:
+        """The attention of each latent over its keys, (N, Q, K), from that of all relays in order, the mean over heads.
+
+        The keys that `Piece.columns_HW` counts must be among K.
+        """
+        if len(relays_NQK) != 1:
+            raise NotImplementedError(f"{type(self).__name__} has several relays: say how they compose")
+        return relays_NQK[0]
+
     # shared
 
     def layers(self, model: nn.Module) -> dict[int, nn.Module]:

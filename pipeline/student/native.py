@@ -6,6 +6,7 @@ tapped, and the columns of the image tokens are read.
 
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -102,10 +103,7 @@ class Native(Family):
         def image(length: int) -> tuple[dict, list[Piece], dict]:
             if at[-1] >= length:
                 raise EncodeError(f"the image's {wanted} tokens do not fit into {length} tokens (model.max_length)")
-            pieces = [
-                Piece(at[piece.columns_HW], piece.top, piece.left, piece.step_y, piece.step_x) for piece in laid.pieces
-            ]
-            return laid.tensors, pieces, {}
+            return laid.tensors, [_placed(piece, at) for piece in laid.pieces], {}
 
         return rendered, tokens, image
 
@@ -113,7 +111,7 @@ class Native(Family):
         batch = super().collate(items, train)
         if not train:  # the image's columns move with the padding before them
             shift_B = batch.labels.shape[1] - torch.tensor([len(item.ids) for item in items])
-            batch.planes.columns += shift_B[:, None, None, None]
+            batch.planes.shift(shift_B)
         return batch
 
     def collate_image(
@@ -128,6 +126,13 @@ class Native(Family):
             values = [image[name] for image in seen]
             made[name] = stack(values) if name in self.layout.stacked else torch.cat(values)
         return made | extra
+
+
+def _placed(piece: Piece, at: np.ndarray) -> Piece:
+    """A piece that counts image tokens, counting tokens of the sequence instead."""
+    if piece.latents_Q is not None:
+        return replace(piece, latents_Q=at[piece.latents_Q])
+    return replace(piece, columns_HW=at[piece.columns_HW])
 
 
 def stack(values: Sequence[torch.Tensor]) -> torch.Tensor:

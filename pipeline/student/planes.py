@@ -3,6 +3,9 @@
 A patch is a rectangle of the image; its attention is spread evenly over it, and a cell of the map gets the part that
 falls inside. Rectangles are given in fractions of the WHOLE image, so any size, tiling or padding is exact: a patch
 that lies half in the padding gives half of its attention to the image and loses the rest.
+
+Where a perceiver or resampler (a *relay*) stands between the patches and the text, text attends to latents that have
+no place of their own. A latent's attention is then handed on to the patches by the relay's own attention.
 """
 
 from collections.abc import Sequence
@@ -19,9 +22,10 @@ class Piece:
     """A regular grid of patches: a tile, a slice or the whole image.
 
     Args:
-        columns_HW: key index of the token of each patch, row by row.
+        columns_HW: key index of the token of each patch, row by row; behind a relay, of each patch among its keys.
         top, left: corner of the grid in fractions of the image's height and width.
         step_y, step_x: height and width of one patch in the same fractions.
+        latents_Q: behind a relay, key index of the token of each of its Q latents; None without.
     """
 
     columns_HW: np.ndarray
@@ -29,6 +33,7 @@ class Piece:
     left: float
     step_y: float
     step_x: float
+    latents_Q: np.ndarray | None = None
 
 
 @dataclass
@@ -39,14 +44,29 @@ class Planes:
         columns: (B, T, h, w) long, key index of each patch's token; 0 where there is none.
         rows_y: (B, T, 32, h), share of each patch row's height that lies in each row of cells; 0 where there is none.
         rows_x: (B, T, 32, w), the same for widths.
+        latents: (B, T, Q) long, behind a relay the key index of each latent's token, and `columns` counts the relay's
+            keys; None without a relay.
+        source: (B, T) long, which row of the relay's own batch is this piece. The relay's batch is taken to hold the
+            pieces of the first example, then of the second, and so on; a family whose relay runs on something else
+            (an empty image for a text-only example) sets it in its ``collate``.
     """
 
     columns: torch.Tensor
     rows_y: torch.Tensor
     rows_x: torch.Tensor
+    latents: torch.Tensor | None = None
+    source: torch.Tensor | None = None
 
     def to(self, device: torch.device | str) -> "Planes":
-        return Planes(*(value.to(device, non_blocking=True) for value in (self.columns, self.rows_y, self.rows_x)))
+        values = (self.columns, self.rows_y, self.rows_x, self.latents, self.source)
+        return Planes(*(None if value is None else value.to(device, non_blocking=True) for value in values))
+
+    def shift(self, by_B: torch.Tensor) -> None:
+        """Moves the image's tokens by so many places of padding, for models that have them among the text."""
+        if self.latents is None:
+            self.columns = self.columns + by_B[:, None, None, None]
+        else:
+            self.latents = self.latents + by_B[:, None, None]
 
     @classmethod
     def stack(cls, examples: Sequence[Sequence[Piece]], side: int = SIDE) -> "Planes":
@@ -64,7 +84,17 @@ class Planes:
                 columns[b, t, :h, :w] = piece.columns_HW
                 rows_y[b, t, :, :h] = shares(piece.top, piece.step_y, h, side)
                 rows_x[b, t, :, :w] = shares(piece.left, piece.step_x, w, side)
-        return cls(torch.from_numpy(columns), torch.from_numpy(rows_y), torch.from_numpy(rows_x))
+        made = [torch.from_numpy(columns), torch.from_numpy(rows_y), torch.from_numpy(rows_x)]
+        if pieces and pieces[0].latents_Q is not None:
+            latents = np.zeros((len(examples), tiles, len(pieces[0].latents_Q)), np.int64)
+            source = np.zeros((len(examples), tiles), np.int64)
+            count = 0
+            for b, example in enumerate(examples):
+                for t, piece in enumerate(example):
+                    latents[b, t], source[b, t] = piece.latents_Q, count
+                    count += 1
+            made += [torch.from_numpy(latents), torch.from_numpy(source)]
+        return cls(*made)
 
 
 def shares(start: float, step: float, count: int, side: int = SIDE) -> np.ndarray:
@@ -98,3 +128,44 @@ def project(probs_WHK: torch.Tensor, planes: Planes, example_W: torch.Tensor) ->
         spread_WHSW = torch.einsum("wsh,wnhv->wnsv", rows_y_WTSH[:, t], patches_WHTHW[:, :, t])
         cells_WHSS = cells_WHSS + torch.einsum("wnsv,wcv->wnsc", spread_WHSW, rows_x_WTSW[:, t])
     return cells_WHSS * side**2
+
+
+def latent_maps(relay_NQK: torch.Tensor, planes: Planes) -> torch.Tensor:
+    """Where each latent looks: (B, T Q, S, S), the share of its attention that falls into each cell.
+
+    Args:
+        relay_NQK: the relay's attention from latents to its keys, for the N pieces of its batch.
+        planes: the batch's geometry, with ``latents``.
+    """
+    examples, tiles, height, width = planes.columns.shape
+    latents = relay_NQK.shape[1]
+    piece_BTQK = relay_NQK[planes.source]
+    index_BTQP = planes.columns.flatten(2)[:, :, None].expand(-1, -1, latents, -1)
+    patches_BTQHW = piece_BTQK.gather(3, index_BTQP).view(examples, tiles, latents, height, width)
+    # A piece that an example does not have has no share in any cell.
+    spread_BTQSW = torch.einsum("btsh,btqhw->btqsw", planes.rows_y, patches_BTQHW)
+    return torch.einsum("btqsw,btcw->btqsc", spread_BTQSW, planes.rows_x).flatten(1, 2)
+
+
+def project_latents(
+    probs_WHK: torch.Tensor, latents_BNSS: torch.Tensor, planes: Planes, example_W: torch.Tensor, most: int
+) -> torch.Tensor:
+    """`project` through a relay: (W, H, S, S), attention to each latent times where the latent looks.
+
+    Args:
+        probs_WHK: attention of each word and head over all keys.
+        latents_BNSS: what `latent_maps` gives.
+        planes: the batch's geometry.
+        example_W: the example of each word, ascending.
+        most: at least the number of words of any example.
+    """
+    words, heads, _ = probs_WHK.shape
+    examples, latents, side, _ = latents_BNSS.shape
+    index_WHN = planes.latents.flatten(1)[example_W][:, None].expand(-1, heads, -1)
+    share_WHN = probs_WHK.gather(2, index_WHN)
+    # Words of one example side by side, so that one product does the batch without a copy of the maps for each word.
+    first_B = torch.searchsorted(example_W, torch.arange(examples, device=example_W.device))
+    place_W = torch.arange(words, device=example_W.device) - first_B[example_W]
+    share_BMHN = share_WHN.new_zeros(examples, most, heads, latents).index_put((example_W, place_W), share_WHN)
+    cells_BMHC = (share_BMHN.flatten(1, 2) @ latents_BNSS.flatten(2)).unflatten(1, (most, heads))
+    return cells_BMHC[example_W, place_W].unflatten(2, (side, side)) * side**2
