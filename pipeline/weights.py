@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 WHOLE = 64 << 20  # larger files are digested by samples
-READ = (".json", ".txt", ".model", ".safetensors", ".jinja")  # what loading a model reads
+READ = (".json", ".txt", ".model", ".safetensors", ".bin", ".pt", ".jinja")  # what loading a model reads
 
 
 def directory_digest(path: Path, files: Iterable[Path] | None = None) -> str:

@@ -1,6 +1,6 @@
 """Settings of the student: which vision-language model, and how it is loaded."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
@@ -23,6 +23,8 @@ class ModelConfig:
         dtype: precision of the weights.
         attention: attention kernel of the model without the tap: `sdpa` or `eager`.
         trust_remote_code: let transformers run Python code that comes with the weights.
+        parts: where further parts of the model are, by name, for a checkpoint that holds only what was trained
+            (OpenFlamingo: `language` and `vision`).
         max_length: longest sequence in tokens; longer conversations lose their end, never their image.
     """
 
@@ -34,6 +36,7 @@ class ModelConfig:
     dtype: str = "float32"
     attention: str = "sdpa"
     trust_remote_code: bool = False
+    parts: dict[str, str] = field(default_factory=dict)
     max_length: int = 4096
 
     def __post_init__(self) -> None:

@@ -7,7 +7,7 @@ weights are loaded. A new family subclasses `Family` in a module of its own and 
 
 import re
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import nn
@@ -35,6 +35,7 @@ class Family:
     """
 
     style = chat.Style()
+    parts: ClassVar[tuple[str, ...]] = ()  # names that `model.parts` may give to `load`
 
     def __init__(self, processor, max_length: int = 4096, align: "AlignConfig | None" = None):
         self.processor = processor

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
+from torch import nn
 
 from pipeline.errors import UserError
 from pipeline.student.planes import Piece
@@ -26,12 +27,14 @@ class Laid:
     Args:
         tensors: what the image processor made, without a batch dimension where `Layout.stacked` says so.
         text: what takes the place of `Layout.marker` in the prompt.
-        pieces: where the image tokens lie; columns count the image tokens from 0.
+        pieces: where the image tokens lie; columns count the image tokens from 0 (behind a relay, the latents do).
+        gap: what goes between the image and a word that follows at once.
     """
 
     tensors: dict[str, torch.Tensor]
     text: str
     pieces: list[Piece]
+    gap: str = ""
 
 
 @dataclass
@@ -67,6 +70,14 @@ class Layout:
     def extra(self, image_BL: torch.Tensor) -> dict[str, torch.Tensor]:
         """Further inputs, from which positions hold image tokens."""
         return {}
+
+    def relays(self, model: nn.Module) -> list[nn.Module]:
+        """Attention modules between patches and image tokens, see `Family.relays`."""
+        return []
+
+    def keys(self, columns_BTHW: torch.Tensor, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The columns of the pieces of a batch, where they depend on how the batch is padded."""
+        return columns_BTHW
 
     def layers(self, count: int) -> list[int]:
         """Text layers that attend to the whole image."""
@@ -104,7 +115,7 @@ class Llava(Layout):
         patch = self.config.vision_config.patch_size
         rows, cols = (side // patch for side in tensors["pixel_values"].shape[-2:])
         first = self._class_tokens()
-        top, left, high, wide = self._window(image.height, image.width)
+        top, left, high, wide = window(self.processor, image.height, image.width)
         pieces = [Piece(grid(first, rows, cols), top, left, high / rows, wide / cols)]
         return Laid(tensors, self.token * (first + rows * cols), pieces)
 
@@ -113,28 +124,33 @@ class Llava(Layout):
         has_class = self.config.vision_config.model_type == "clip_vision_model"
         return int(has_class and self.config.vision_feature_select_strategy == "full")
 
-    def _window(self, height: int, width: int) -> tuple[float, float, float, float]:
-        """Top, left, height and width of what the model sees, in fractions of the image."""
-        made = self.processor
-        top, left, high, wide = 0.0, 0.0, height, width
-        if getattr(made, "do_pad", False):
-            side = max(height, width)
-            top, left, high, wide = -((side - height) // 2), -((side - width) // 2), side, side
-        scaled_y = scaled_x = 1.0
-        if made.do_resize and "shortest_edge" in made.size and made.size["shortest_edge"]:
-            short, long = sorted((high, wide))
-            edge = made.size["shortest_edge"]
-            fitted = (edge, int(edge * long / short)) if high <= wide else (int(edge * long / short), edge)
-            scaled_y, scaled_x = fitted[0] / high, fitted[1] / wide
-        elif made.do_resize:
-            scaled_y, scaled_x = made.size["height"] / high, made.size["width"] / wide
-        if getattr(made, "do_center_crop", False):
-            crop_y, crop_x = made.crop_size["height"], made.crop_size["width"]
-            size_y, size_x = round(high * scaled_y), round(wide * scaled_x)
-            top += (size_y - crop_y) // 2 / scaled_y
-            left += (size_x - crop_x) // 2 / scaled_x
-            high, wide = crop_y / scaled_y, crop_x / scaled_x
-        return top / height, left / width, high / height, wide / width
+
+def window(made, height: int, width: int) -> tuple[float, float, float, float]:
+    """Top, left, height and width of what an image processor that makes squares shows of an image, in fractions of it.
+
+    Args:
+        made: the processor: pads to a square or not, resizes, and cuts out the middle or not.
+        height, width: of the image, in pixels.
+    """
+    top, left, high, wide = 0.0, 0.0, height, width
+    if getattr(made, "do_pad", False):
+        side = max(height, width)
+        top, left, high, wide = -((side - height) // 2), -((side - width) // 2), side, side
+    scaled_y = scaled_x = 1.0
+    if made.do_resize and "shortest_edge" in made.size and made.size["shortest_edge"]:
+        short, long = sorted((high, wide))
+        edge = made.size["shortest_edge"]
+        fitted = (edge, int(edge * long / short)) if high <= wide else (int(edge * long / short), edge)
+        scaled_y, scaled_x = fitted[0] / high, fitted[1] / wide
+    elif made.do_resize:
+        scaled_y, scaled_x = made.size["height"] / high, made.size["width"] / wide
+    if getattr(made, "do_center_crop", False):
+        crop_y, crop_x = made.crop_size["height"], made.crop_size["width"]
+        size_y, size_x = round(high * scaled_y), round(wide * scaled_x)
+        top += (size_y - crop_y) // 2 / scaled_y
+        left += (size_x - crop_x) // 2 / scaled_x
+        high, wide = crop_y / scaled_y, crop_x / scaled_x
+    return top / height, left / width, high / height, wide / width
 
 
 class LlavaNext(Layout):
@@ -226,6 +242,46 @@ class Idefics3(Layout):
         return Laid(tensors, text, tiled(max(rows, 1), max(cols, 1), side))
 
 
+class Idefics2(Layout):
+    """Idefics2: the whole image, or its quarters before it, padded at the right and the bottom; each becomes 64
+    latents of a perceiver, whose keys are the patches."""
+
+    stacked: ClassVar[tuple[str, ...]] = ("pixel_values", "pixel_attention_mask")
+    wide: ClassVar[int] = 1 << 12  # patches in a row, until the batch's padding says how many
+
+    def __call__(self, image: "Image") -> Laid:
+        made = self.processor([[image]], return_tensors="pt")
+        tensors = {name: made[name][0] for name in self.stacked}
+        patch, latents = self.config.vision_config.patch_size, self.config.perceiver_config.resampler_n_latents
+        half_y, half_x = image.height // 2, image.width // 2
+        parts = [(0, 0, image.height, image.width)]  # top, left, height, width in pixels
+        if self.processor.do_image_splitting:
+            ys, xs = ((0, half_y), (half_y, image.height - half_y)), ((0, half_x), (half_x, image.width - half_x))
+            parts = [(top, left, high, wide) for top, high in ys for left, wide in xs] + parts
+        pieces = []
+        for number, (top, left, high, wide) in enumerate(parts):
+            mask_YX = tensors["pixel_attention_mask"][number]
+            fitted_y, fitted_x = int(mask_YX[:, 0].sum()), int(mask_YX[0].sum())
+            # What is left of the image beyond the last whole patch is not seen.
+            rows, cols = fitted_y // patch, fitted_x // patch
+            columns = self.wide * np.arange(rows)[:, None] + np.arange(cols)
+            step_y, step_x = patch * high / fitted_y / image.height, patch * wide / fitted_x / image.width
+            first = np.arange(number * latents, (number + 1) * latents)
+            pieces.append(Piece(columns, top / image.height, left / image.width, step_y, step_x, first))
+        fake = "<fake_token_around_image>"
+        text = (fake + self.token * latents) * len(parts) + fake
+        return Laid(tensors, text, pieces, gap=" ")
+
+    def relays(self, model: nn.Module) -> list[nn.Module]:
+        return [layer.self_attn for layer in model.connector.perceiver_resampler.layers]
+
+    def keys(self, columns_BTHW: torch.Tensor, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        if "pixel_values" not in inputs:
+            return columns_BTHW
+        cols = inputs["pixel_values"].shape[-1] // self.config.vision_config.patch_size
+        return columns_BTHW // self.wide * cols + columns_BTHW % self.wide
+
+
 class Gemma3(Layout):
     """Gemma 3: the image stretched to a square, 16 x 16 tokens; only full-attention layers see all of it."""
 
@@ -273,4 +329,6 @@ LAYOUTS: dict[str, type[Layout]] = {
     "idefics3": Idefics3,
     "smolvlm": Idefics3,
     "gemma3": Gemma3,
+    "idefics2": Idefics2,
+    "paligemma": Llava,  # a square
 }

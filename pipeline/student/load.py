@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 # `model_type` of a model's config -> the module of its family and the class in it
 FAMILIES = {
     "mllama": ("pipeline.student.mllama", "Mllama"),
+    "openflamingo": ("pipeline.student.openflamingo", "OpenFlamingoFamily"),
+    "paligemma": ("pipeline.student.paligemma", "PaliGemma"),
     **dict.fromkeys(
         (
             "qwen2_vl",
@@ -33,14 +35,13 @@ FAMILIES = {
             "idefics3",
             "smolvlm",
             "gemma3",
+            "idefics2",
         ),
         ("pipeline.student.native", "Native"),
     ),
 }
 # Known architectures that are refused, with the reason
 REFUSED = {
-    "idefics2": "its 64 image tokens come out of a perceiver and have no place of their own",
-    "paligemma": "it has no chat template, and its text model may cap attention scores",
     "minicpmv4_6": "its image tokens come out of a resampler and have no place of their own",
 }
 
@@ -77,12 +78,16 @@ def load_student(cfg: ModelConfig, align: "AlignConfig | None" = None) -> Studen
     if not Path(path).is_dir() and (cfg.path.startswith(("bundled:", ".", "/", "~")) or cfg.path.count("/") != 1):
         raise UserError(f"no model directory {path}: give model.path= a directory or a hub id")
     family = find_family(cfg, path)
+    unknown = sorted(set(cfg.parts) - set(family.parts))
+    if unknown:
+        raise UserError(f"model.parts.{unknown[0]}: {cfg.path} has no such part")
     try:
         (model, info), processor = family.load(
             path,
             dtype=getattr(torch, cfg.dtype),
             attn_implementation=cfg.attention,
             output_loading_info=True,
+            **({"parts": {name: model_path(part) for name, part in cfg.parts.items()}} if cfg.parts else {}),
             **_where(cfg),
         )
     except (OSError, SafetensorError) as error:

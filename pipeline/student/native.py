@@ -7,6 +7,7 @@ tapped, and the columns of the image tokens are read.
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,9 +20,11 @@ from pipeline.student import chat
 from pipeline.student.batch import EncodeError, Item, StudentBatch
 from pipeline.student.family import Family
 from pipeline.student.layouts import LAYOUTS, Layout
-from pipeline.student.planes import Piece
+from pipeline.student.planes import Piece, patches_of
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from pipeline.examples import Example, Turn
 
 
@@ -35,6 +38,16 @@ class Parts:
     def __init__(self, tokenizer, image_processor, chat_template: str | None, path: str):
         self.tokenizer, self.image_processor, self.chat_template = tokenizer, image_processor, chat_template
         self.path = path
+
+    @classmethod
+    def load(cls, path: str, **where) -> "Parts":
+        """The parts in a directory or hub id; ``where`` goes to ``from_pretrained``."""
+        from transformers import AutoImageProcessor, AutoTokenizer, ProcessorMixin
+
+        tokenizer = AutoTokenizer.from_pretrained(path, **where)
+        image_processor = AutoImageProcessor.from_pretrained(path, backend="pil", **where)
+        found, _ = ProcessorMixin.get_processor_dict(path, **where)
+        return cls(tokenizer, image_processor, found.get("chat_template") or tokenizer.chat_template, path)
 
     def apply_chat_template(self, messages: list[dict], **options) -> str:
         return self.tokenizer.apply_chat_template(messages, chat_template=self.chat_template, **options)
@@ -57,17 +70,13 @@ class Native(Family):
 
     @classmethod
     def load(cls, path: str, **options) -> tuple[nn.Module, object]:
-        from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer, ProcessorMixin
+        from transformers import AutoModelForImageTextToText
 
         where = {
             name: options[name] for name in ("revision", "local_files_only", "trust_remote_code") if name in options
         }
-        tokenizer = AutoTokenizer.from_pretrained(path, **where)
-        image_processor = AutoImageProcessor.from_pretrained(path, backend="pil", **where)
-        found, _ = ProcessorMixin.get_processor_dict(path, **where)
-        template = found.get("chat_template") or tokenizer.chat_template
-        model = AutoModelForImageTextToText.from_pretrained(path, **options)
-        return model, Parts(tokenizer, image_processor, template, path)
+        parts = Parts.load(path, **where)
+        return AutoModelForImageTextToText.from_pretrained(path, **options), parts
 
     def prepare(self, model: nn.Module) -> None:
         kind = model.config.model_type
@@ -77,14 +86,21 @@ class Native(Family):
         if getattr(text, "attn_logit_softcapping", None):
             raise UserError(f"{kind} with capped attention scores cannot be tapped: no fused kernel computes them")
         self.layout = LAYOUTS[kind](model.config, self.processor.image_processor, self.tokenizer)
+        blank = self._joined([self.layout(_blank()).tensors])
+        inner = _inner(model)
+        inner.register_forward_pre_hook(partial(_run_blank, blank), with_kwargs=True)
+        inner.register_forward_hook(_add_blank, with_kwargs=True)
 
     def attention_modules(self, model: nn.Module) -> dict[int, nn.Module]:
-        from transformers import PreTrainedModel
-
-        base = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
-        text = getattr(base.model, "language_model", None) or base.model.text_model
-        layers = text.layers
+        inner = _inner(model)
+        layers = (getattr(inner, "language_model", None) or inner.text_model).layers
         return {index: layers[index].self_attn for index in self.layout.layers(len(layers))}
+
+    def relays(self, model: nn.Module) -> list[nn.Module]:
+        return self.layout.relays(_inner(model))
+
+    def through(self, relays_NQK: list[torch.Tensor]) -> torch.Tensor:
+        return patches_of(relays_NQK)
 
     def _prepare_text(
         self, example: "Example", turns: Sequence["Turn"], generate: bool
@@ -93,7 +109,9 @@ class Native(Family):
         if example.image is None:
             return rendered, chat.tokenize(self.tokenizer, rendered), lambda length: ({}, [], {})
         laid = self.layout(self._decode(example))
-        rendered = rendered.replace(self.layout.marker, laid.text)
+        following = rendered.text.partition(self.layout.marker)[2][:1]
+        gap = laid.gap if following not in ("", "<") and not following.isspace() else ""
+        rendered = rendered.replace(self.layout.marker, laid.text + gap)
         tokens = chat.tokenize(self.tokenizer, rendered)
         at = np.flatnonzero(np.asarray(tokens.ids) == self.layout.image_id)
         wanted = laid.text.count(self.layout.token)
@@ -112,20 +130,62 @@ class Native(Family):
         if not train:  # the image's columns move with the padding before them
             shift_B = batch.labels.shape[1] - torch.tensor([len(item.ids) for item in items])
             batch.planes.shift(shift_B)
+        batch.planes.columns = self.layout.keys(batch.planes.columns, batch.inputs)
         return batch
 
     def collate_image(
         self, items: Sequence[Item], ids_BL: torch.Tensor, shift: Sequence[int], train: bool
     ) -> dict[str, torch.Tensor]:
         seen = [item.image for item in items if item.image]
-        extra = self.layout.extra(ids_BL == self.layout.image_id)
-        if not seen:
-            return extra
+        return self._joined(seen) | self.layout.extra(ids_BL == self.layout.image_id)
+
+    def _joined(self, images: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         made = {}
-        for name in seen[0]:
-            values = [image[name] for image in seen]
+        for name in images[0] if images else ():
+            values = [image[name] for image in images]
             made[name] = stack(values) if name in self.layout.stacked else torch.cat(values)
-        return made | extra
+        return made
+
+
+def _blank() -> "Image":
+    from PIL import Image
+
+    return Image.new("RGB", (64, 64))
+
+
+def _run_blank(blank: dict[str, torch.Tensor], module: nn.Module, args: tuple, kwargs: dict) -> None:
+    """Runs the vision tower for a training batch of texts only. Ranks must run the same layers in the same order:
+    where parameters are gathered (FSDP) or gradients exchanged (DDP), one that left the tower out would hang the
+    others. `_add_blank` adds nothing of it to the output."""
+    if not module.training or kwargs.get("pixel_values") is not None:
+        return
+    parameter = next(module.parameters())
+    inputs = {name: value.to(parameter.device) for name, value in blank.items()}
+    features = module.get_image_features(**inputs, return_dict=True)
+    # What the model takes from its tower; the tower's own last layers may go unused.
+    taken = [features.pooler_output, getattr(features, "deepstack_features", None)]
+    module.lavender_blank = _nothing(taken)
+
+
+def _add_blank(module: nn.Module, args: tuple, kwargs: dict, output):
+    nothing = module.__dict__.pop("lavender_blank", None)
+    if nothing is not None:
+        output.last_hidden_state = output.last_hidden_state + nothing.to(output.last_hidden_state.dtype)
+    return output
+
+
+def _nothing(features) -> torch.Tensor | float:
+    """Zero that depends on every tensor in nested lists."""
+    if isinstance(features, torch.Tensor):
+        return features.sum() * 0.0
+    return sum(_nothing(value) for value in features if value is not None)
+
+
+def _inner(model: nn.Module) -> nn.Module:
+    """The part of a wrapped model that joins vision tower and language model."""
+    from transformers import PreTrainedModel
+
+    return next(module for module in model.modules() if isinstance(module, PreTrainedModel)).model
 
 
 def _placed(piece: Piece, at: np.ndarray) -> Piece:
@@ -136,11 +196,9 @@ def _placed(piece: Piece, at: np.ndarray) -> Piece:
 
 
 def stack(values: Sequence[torch.Tensor]) -> torch.Tensor:
-    """(N, ...) from tensors whose first dimension may differ: images of more or fewer tiles."""
-    most = max(value.shape[0] if value.dim() else 0 for value in values)
-    if values[0].dim() < 2 or all(value.shape[0] == most for value in values):
-        return torch.stack(list(values))
-    out = values[0].new_zeros(len(values), most, *values[0].shape[1:])
+    """(N, ...) from tensors of different sizes, such as images of more or fewer tiles, with zeros at their ends."""
+    sizes = [max(size) for size in zip(*(value.shape for value in values), strict=True)]
+    out = values[0].new_zeros(len(values), *sizes)
     for n, value in enumerate(values):
-        out[n, : len(value)] = value
+        out[(n, *map(slice, value.shape))] = value
     return out

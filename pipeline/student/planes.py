@@ -147,6 +147,18 @@ def latent_maps(relay_NQK: torch.Tensor, planes: Planes) -> torch.Tensor:
     return torch.einsum("btqsw,btcw->btqsc", spread_BTQSW, planes.rows_x).flatten(1, 2)
 
 
+def patches_of(relays_NQK: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The attention of a perceiver's latents to patches, (N, Q, P), from that of its layers, whose last Q keys are the
+    latents themselves.
+
+    Every layer adds to a latent, so the layers' attention is averaged; what latents give to latents is left out, and
+    the rest scaled to sum to one.
+    """
+    latents = relays_NQK[0].shape[1]
+    patches_NQP = torch.stack(list(relays_NQK)).mean(0)[..., :-latents]
+    return patches_NQP / patches_NQP.sum(-1, keepdim=True)
+
+
 def project_latents(
     probs_WHK: torch.Tensor, latents_BNSS: torch.Tensor, planes: Planes, example_W: torch.Tensor, most: int
 ) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """Where a student's files are, and a digest that names them. No torch here: the light status checks use it too."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from pipeline.errors import UserError
@@ -17,9 +18,18 @@ def model_path(path: str) -> str:
 def identity(cfg: ModelConfig) -> str:
     """Names the content of a student: configs, tokenizer and weights; for a hub id that is not here yet, the id.
 
+    With the parts that it is put together from, if there are any.
+
     Raises:
         UserError: the directory does not exist.
     """
+    found = [_content(cfg)]
+    for name in sorted(cfg.parts):
+        found.append(f"{name} {_content(replace(cfg, path=cfg.parts[name], revision=''))}")
+    return ", ".join(found)
+
+
+def _content(cfg: ModelConfig) -> str:
     path = Path(model_path(cfg.path)).expanduser()
     if path.is_dir():
         return directory_digest(path)

@@ -25,7 +25,9 @@ def uses_maps(cfg: Config) -> bool:
 def settings(cfg: Config) -> dict:
     """Every setting that changes the trained weights."""
     train = {key: value for key, value in asdict(cfg.train).items() if key not in RUNTIME}
-    model = {key: value for key, value in asdict(cfg.model).items() if key not in ("name", "local_files_only")}
+    # Where the parts are is not in it: what they hold is among the inputs.
+    left_out = ("name", "local_files_only", "parts")
+    model = {key: value for key, value in asdict(cfg.model).items() if key not in left_out}
     arm = {key: value for key, value in asdict(cfg.arm).items() if key != "name"}
     # Without alignment its settings decide nothing, and plain fine-tuning must not go stale with them.
     align = asdict(cfg.align) if cfg.arm.lam > 0 else None

@@ -1,0 +1,414 @@
+"""What every family must do, on tiny models of the real classes."""
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from student_models import KINDS, build_student
+
+from pipeline.errors import UserError
+from pipeline.examples import Example, Turn
+from pipeline.student.batch import IGNORED, EncodeError
+from pipeline.student.capture import AttentionTap, student_maps
+from pipeline.student.load import load_student
+from pipeline.student.planes import SIDE, Planes, latent_maps, project, project_latents
+
+SIZES = {"wide": (40, 150), "tall": (170, 50), "square": (64, 64), "tiny": (9, 13), "huge": (500, 700)}
+
+# The last projection of attention in every vision tower: without it patches do not mix.
+MIXING = tuple(
+    f"{name}.{kind}" for name in ("out_proj", "o_proj", "attn.proj", "projection_layer") for kind in ("weight", "bias")
+)
+
+
+def picture(height: int, width: int, seed: int = 0) -> bytes:
+    return png(np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8))
+
+
+def png(pixels: np.ndarray) -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "png")
+    return out.getvalue()
+
+
+def example(question: str, answer: str, size: tuple[int, int] | None, key: str = "0") -> Example:
+    turns = (Turn("user", question), Turn("assistant", answer))
+    return Example(key, picture(*size) if size else None, "png" if size else "", turns, "test", "train", "none")
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def student(request, tmp_path_factory):
+    return load_student(build_student(request.param, tmp_path_factory.mktemp(request.param)))
+
+
+@pytest.fixture(scope="module")
+def examples():
+    return [
+        example("What colour is the circle?", "a small red circle and a blue square", (50, 90)),
+        example("two", "red", (90, 40)),
+        example("List the colours.", "a blue square", (64, 64)),
+    ]
+
+
+TEXT = example("two", "a red square", None)
+
+
+# --- capture --------------------------------------------------------------------------------------------------------
+
+
+class Eager:
+    """The attention of one forward as plain eager attention returns it (`output_attentions`), in place of a tap."""
+
+    def __init__(self, student, batch):
+        self.family, self.words = student.family, batch.words
+        self.layers = student.family.layers(student.model)
+        self.relays = student.family.relays(student.model)
+        self.kept = {}
+        hooks = [module.register_forward_hook(self._keep) for module in (*self.layers.values(), *self.relays)]
+        with attention(student.model, self.layers, self.relays, "eager"):
+            self.logits = student.model(**batch.inputs, output_attentions=True).logits
+        for hook in hooks:
+            hook.remove()
+
+    def _keep(self, module, args, output):
+        self.kept[module] = output[1]
+
+    def maps(self):
+        words = self.words
+        return {
+            index: self.kept[module][words.row_batch, :, words.row_pos].float() for index, module in self.layers.items()
+        }
+
+    def relayed(self):
+        return self.family.through([self.kept[module].float().mean(1) for module in self.relays])
+
+
+@contextmanager
+def attention(model, layers, relays, name: str) -> Iterator[None]:
+    """The model with another attention in the layers that matter."""
+    configs = {id(module.config): module.config for module in (*layers.values(), *relays)}.values()
+    before = [config._attn_implementation for config in configs]
+    for config in configs:
+        config._attn_implementation_internal = name
+    yield
+    for config, old in zip(configs, before, strict=True):
+        config._attn_implementation_internal = old
+
+
+def tapped(student, batch):
+    """Logits and raw maps of a batch."""
+    with AttentionTap(student.model, student.family) as tap, torch.no_grad():
+        tap.rows(batch.words)
+        return student.model(**batch.inputs).logits, student_maps(tap, batch)
+
+
+def loss_of(maps: torch.Tensor) -> torch.Tensor:
+    """Some function of maps for which no two values count alike."""
+    return (maps * torch.linspace(0, 1, maps.numel()).view_as(maps)).mean()
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["right", "left"])
+def test_tap_changes_no_logits_and_rows_equal_eager(student, examples, train):
+    batch = student.family.encode([*examples, TEXT], train=train)
+    with torch.no_grad():
+        plain = student.model(**batch.inputs).logits
+        with AttentionTap(student.model, student.family) as tap:
+            tap.rows(batch.words)
+            assert torch.equal(student.model(**batch.inputs).logits, plain)
+            found, maps = tap.maps(), student_maps(tap, batch)
+            tap.rows(None)
+            assert torch.equal(student.model(**batch.inputs).logits, plain)
+        assert torch.equal(student.model(**batch.inputs).logits, plain)
+        eager = Eager(student, batch)
+    for index, rows in eager.maps().items():
+        torch.testing.assert_close(found[index], rows, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(maps, student_maps(eager, batch), atol=1e-4, rtol=1e-4)
+    assert float(maps.mean()) > 0.05
+    assert float(maps.std((3, 4)).mean()) > 0.01
+
+
+def test_gradients_equal_those_of_eager_attention(student, examples):
+    batch = student.family.encode(examples[:2])
+    found = []
+    for way in ("tap", "eager"):
+        student.model.zero_grad()
+        if way == "tap":
+            with AttentionTap(student.model, student.family) as tap:
+                tap.rows(batch.words)
+                student.model(**batch.inputs)
+                loss_of(student_maps(tap, batch)).backward()
+        else:
+            loss_of(student_maps(Eager(student, batch), batch)).backward()
+        found.append({name: p.grad.clone() for name, p in student.model.named_parameters() if p.grad is not None})
+    student.model.zero_grad()
+    assert found[0].keys() == found[1].keys()
+    largest = max(float(grad.abs().max()) for grad in found[1].values())
+    assert largest > 1e-4
+    for name, grad in found[1].items():
+        torch.testing.assert_close(found[0][name], grad, atol=1e-5 * max(largest, 1.0), rtol=1e-4, msg=name)
+
+
+def test_checkpointing_keeps_gradients_and_refuses_reentrant(student, examples):
+    batch = student.family.encode(examples[:2])
+    model, grads = student.model.train(), []
+    try:
+        with AttentionTap(model, student.family) as tap:
+            for checkpointing in (False, True):
+                if checkpointing:
+                    model.gradient_checkpointing_enable({"use_reentrant": False})
+                model.zero_grad()
+                tap.rows(batch.words)
+                logits = model(**batch.inputs, use_cache=False).logits
+                (loss_of(student_maps(tap, batch)) + logits.square().mean()).backward()
+                grads.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+            model.gradient_checkpointing_enable({"use_reentrant": True})
+            with pytest.raises(UserError, match="use_reentrant=False"):
+                tap.rows(batch.words)
+    finally:
+        model.gradient_checkpointing_disable()
+        model.eval()
+        model.zero_grad()
+    assert grads[0].keys() == grads[1].keys()
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grads[1][name], grad, atol=1e-6, rtol=1e-4, msg=name)
+
+
+def test_lora_trains_through_the_tap(student, examples):
+    from peft import LoraConfig, get_peft_model
+
+    batch = student.family.encode(examples[:2])
+    _, before = tapped(student, batch)
+    gradients = {name: p.requires_grad for name, p in student.model.named_parameters()}
+    targets = ["q_proj", "v_proj", "to_q", "to_kv"]
+    model = get_peft_model(student.model, LoraConfig(r=2, target_modules=targets))
+    try:
+        with AttentionTap(model, student.family) as tap:
+            tap.rows(batch.words)
+            model(**batch.inputs)
+            maps = student_maps(tap, batch)
+        torch.testing.assert_close(maps, before)
+        loss_of(maps).backward()
+        moved = [name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0]
+        assert moved
+        assert all("lora" in name for name in moved)
+    finally:
+        model.unload()
+        for name, parameter in student.model.named_parameters():
+            parameter.requires_grad_(gradients[name])
+    torch.testing.assert_close(tapped(student, batch)[1], before)
+
+
+def test_batched_equals_single(student, examples):
+    everything = [*examples, TEXT]
+    together = student.family.encode(everything)
+    assert not (together.words.word_example == 3).any()
+    logits, maps = tapped(student, together)
+    first = 0
+    for b, one in enumerate(everything):
+        single = student.family.encode([one])
+        alone, own = tapped(student, single)
+        torch.testing.assert_close(logits[b, : alone.shape[1]], alone[0], atol=1e-4, rtol=1e-3)
+        count = len(single.words)
+        if count:
+            padded_left = student.family.encode([one, examples[0]], train=False)
+            for other in (own, tapped(student, padded_left)[1][:count]):
+                torch.testing.assert_close(maps[first : first + count], other, atol=2e-3, rtol=1e-3)
+        first += count
+
+
+def test_training_on_texts_alone_runs_every_layer_and_adds_nothing(student, examples):
+    """Ranks that see images and ranks that see none must gather the same parameters and have the same gradients."""
+    texts, mixed = student.family.encode([TEXT, TEXT]), student.family.encode([*examples, TEXT])
+    alone = student.family.encode([TEXT], train=False)
+    used = []
+    model = student.model.train()
+    try:
+        for batch in (mixed, texts):
+            model.zero_grad()
+            logits = model(**batch.inputs, use_cache=False).logits
+            logits.square().mean().backward()
+            used.append({name for name, p in model.named_parameters() if p.grad is not None})
+    finally:
+        model.eval()
+        model.zero_grad()
+    assert used[0] == used[1]
+    with torch.no_grad():
+        expected = model(**alone.inputs).logits
+    torch.testing.assert_close(logits[0, : expected.shape[1]], expected[0], atol=1e-4, rtol=1e-3)
+
+
+def test_answers_batched_equal_single(student, examples):
+    asked = [*examples, TEXT]
+    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": student.family.pad_id}
+    inputs = student.family.prompt(asked, [0] * len(asked))
+    made = student.model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
+    for b, one in enumerate(asked):
+        single = student.family.prompt([one], [0])
+        alone = student.model.generate(**single, **options)[:, single["input_ids"].shape[1] :]
+        assert made[b, : alone.shape[1]].tolist() == alone[0].tolist()
+
+
+def test_other_kernels_are_refused_by_name(student):
+    layers, relays = student.family.layers(student.model), student.family.relays(student.model)
+    for name in ("flash_attention_2", "flex_attention"):
+        with attention(student.model, layers, relays, name), pytest.raises(UserError, match=f"'{name}' cannot be"):
+            AttentionTap(student.model, student.family)
+
+
+# --- words ----------------------------------------------------------------------------------------------------------
+
+
+def test_words_labels_and_image_span(student, examples):
+    family, tokenizer = student.family, student.processor.tokenizer
+    one = examples[0]
+    item = family.encode_one(one)
+    ids = item.ids.tolist()
+    assert ids.count(tokenizer.bos_token_id) == student.processor.chat_template.count("bos_token")
+    learnt = [token for token, label in zip(ids, item.labels.tolist(), strict=True) if label != IGNORED]
+    assert tokenizer.decode(learnt[:-1]) == one.turns[1].text
+    assert learnt[-1] in family.special
+    for word, (start, end) in zip(item.words, item.tokens, strict=True):
+        assert tokenizer.decode(ids[start:end]).strip() == one.word_text(word)
+    image = student.model.config.image_token_id if hasattr(student.model.config, "image_token_id") else None
+    image = student.processor.image_token_id if image is None else image
+    at = [place for place, token in enumerate(ids) if token == image]
+    columns = np.concatenate([piece.columns_HW.ravel() for piece in item.pieces])
+    if item.pieces[0].latents_Q is not None:
+        columns = np.concatenate([piece.latents_Q for piece in item.pieces])
+    assert len(np.unique(columns)) == len(columns)
+    if len(at) > 1:  # the image lies among the text
+        assert {ids[column] for column in columns} == {image}
+    family.max_length = at[-1]
+    try:
+        with pytest.raises(EncodeError, match="max_length"):
+            family.encode_one(one)
+    finally:
+        family.max_length = 4096
+
+
+# --- geometry -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
+def test_geometry_by_perturbation(student, size):
+    """A change of a part of the image moves those image tokens that the family puts there."""
+    height, width = size
+    base = np.full((height, width, 3), 90, np.uint8)
+    pieces, before = features(student, base)
+    part_y, part_x = max(height // 4, 1), max(width // 4, 1)
+    for y, x in (
+        (0, 0),
+        (0, width - part_x),
+        (height - part_y, 0),
+        (height // 2, width // 4),
+        (height // 3, width // 2),
+    ):
+        changed = base.copy()
+        changed[y : y + part_y, x : x + part_x] = (250, 160, 20)
+        moved = [np.abs(now - old).sum(-1) for now, old in zip(features(student, changed)[1], before, strict=True)]
+        most = max(moved_HW.max() for moved_HW in moved)
+        part = (y / height, x / width, (y + part_y) / height, (x + part_x) / width)
+        for piece, moved_HW in zip(pieces, moved, strict=True):
+            covered_HW = covered(piece, part)
+            if covered_HW.max() > 0.6:  # some token lies mostly in the part
+                assert covered_HW.flat[moved_HW.argmax()] > 0.1 * covered_HW.max()
+            # Resampling and rounding spread a change by part of a patch, not by more.
+            for r, c in np.argwhere(moved_HW > 0.5 * max(most, 1e-6)):
+                assert covered(piece, grown(part, piece.step_y, piece.step_x))[r, c] > 0
+
+
+def features(student, pixels: np.ndarray):
+    """The image's pieces, and the features (rows, columns, C) of the tokens of each as the first attention to be
+    tapped gets them, without any mixing between patches."""
+    turns = (Turn("user", "two"), Turn("assistant", "red"))
+    item = student.family.encode_one(Example("0", png(pixels), "png", turns, "test", "train", "none"))
+    batch = student.family.collate([item])
+    relays = student.family.relays(student.model)
+    first = (relays or list(student.family.layers(student.model).values()))[0]
+    saved, kept = {}, []
+    for name, weight in student.model.named_parameters():
+        if ("vision" in name or "visual" in name) and name.endswith(MIXING):
+            saved[name] = weight.detach().clone()
+            weight.data.zero_()
+
+    def keep(module, args, kwargs):
+        if relays:
+            kept.append(kwargs["context"] if "context" in kwargs else args[0])
+        elif "cross_attention_states" in kwargs:
+            kept.append(kwargs["cross_attention_states"])
+
+    hooks = [first.register_forward_pre_hook(keep, with_kwargs=True)]
+    if not relays and hasattr(student.family, "layout"):  # the tokens of the image among those of the text
+        inner = student.model.model
+        text = getattr(inner, "language_model", None) or inner.text_model
+        hooks.append(text.register_forward_pre_hook(lambda m, a, k: kept.append(k["inputs_embeds"]), with_kwargs=True))
+    try:
+        with torch.no_grad():
+            student.model(**batch.inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for name, value in saved.items():
+            student.model.get_parameter(name).data.copy_(value)
+    assert saved
+    found = []
+    for t, piece in enumerate(item.pieces):
+        rows, cols = piece.columns_HW.shape
+        source_NC = kept[0][batch.planes.source[0, t]] if relays else kept[0].flatten(0, -2)
+        found.append(source_NC[batch.planes.columns[0, t, :rows, :cols]].numpy())
+    return item.pieces, found
+
+
+def covered(piece, part) -> np.ndarray:
+    """(rows, cols): the share of each patch that lies in a part (top, left, bottom, right) of the image."""
+    rows, cols = piece.columns_HW.shape
+    y = piece.top + piece.step_y * np.arange(rows)
+    x = piece.left + piece.step_x * np.arange(cols)
+    high = np.clip(np.minimum(y + piece.step_y, part[2]) - np.maximum(y, part[0]), 0, None) / piece.step_y
+    wide = np.clip(np.minimum(x + piece.step_x, part[3]) - np.maximum(x, part[1]), 0, None) / piece.step_x
+    return np.outer(high, wide)
+
+
+def grown(part, by_y: float, by_x: float):
+    return part[0] - by_y, part[1] - by_x, part[2] + by_y, part[3] + by_x
+
+
+@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
+def test_one_hot_attention_lands_on_its_patch(student, size):
+    """The map of attention to one patch alone has its middle within half a cell of the patch's own."""
+    item = student.family.encode_one(example("two", "red", size))
+    planes = student.family.collate([item]).planes
+    axis = (torch.arange(SIDE) + 0.5) / SIDE
+    for t, piece in enumerate(item.pieces):
+        rows, cols = piece.columns_HW.shape
+        for r, c in {(0, 0), (rows - 1, cols - 1), (rows // 2, cols // 3), (rows // 3, cols - 1)}:
+            y0, x0 = piece.top + piece.step_y * r, piece.left + piece.step_x * c
+            y = max(y0, 0.0), min(y0 + piece.step_y, 1.0)
+            x = max(x0, 0.0), min(x0 + piece.step_x, 1.0)
+            if y[0] >= y[1] or x[0] >= x[1]:
+                continue  # padding
+            map_SS = one_hot(planes, t, int(planes.columns[0, t, r, c]))
+            # What lies outside of the image is lost, the rest is all there.
+            inside = (y[1] - y[0]) * (x[1] - x[0]) / (piece.step_y * piece.step_x)
+            assert float(map_SS.sum()) == pytest.approx(inside * SIDE**2, rel=1e-4)
+            middle_y = float((map_SS.sum(1) * axis).sum() / map_SS.sum())
+            middle_x = float((map_SS.sum(0) * axis).sum() / map_SS.sum())
+            assert abs(middle_y - sum(y) / 2) <= 0.5 / SIDE
+            assert abs(middle_x - sum(x) / 2) <= 0.5 / SIDE
+
+
+def one_hot(planes: Planes, t: int, column: int) -> torch.Tensor:
+    """The map (S, S) of a word that looks at one patch, through one latent where there is a relay."""
+    words = torch.tensor([0])
+    if planes.latents is None:
+        return project(torch.eye(int(planes.columns.max()) + 1)[None, None, column], planes, words)[0, 0]
+    sources, latents = int(planes.source.max()) + 1, planes.latents.shape[2]
+    relay_NQK = torch.zeros(sources, latents, int(planes.columns.max()) + 1)
+    relay_NQK[planes.source[0, t], latents // 2, column] = 1
+    probs_WHK = torch.zeros(1, 1, int(planes.latents.max()) + 1)
+    probs_WHK[0, 0, planes.latents[0, t, latents // 2]] = 1
+    return project_latents(probs_WHK, latent_maps(relay_NQK, planes), planes, words, most=1)[0, 0]
