@@ -13,7 +13,7 @@ from pipeline.align.loss import AlignmentLoss
 from pipeline.align.schedule import factor, language_factor
 from pipeline.errors import UserError
 from pipeline.student.batch import Item, StudentBatch, WordRows
-from pipeline.student.capture import student_maps
+from pipeline.student.capture import Call, student_maps
 from pipeline.student.planes import Piece, Planes, shares
 
 
@@ -39,6 +39,17 @@ class FakeTap:
 
     def maps(self):
         return {i: p for i, p in self.probs.items() if len(p)}
+
+    def calls(self, words):
+        """Attention whose scores are the logarithms of the probabilities: each key is a unit vector."""
+        return {index: self._call(probs, words) for index, probs in self.probs.items()}
+
+    def _call(self, probs_RHK, words) -> Call:
+        heads, keys = probs_RHK.shape[1:]
+        table_BSHK = probs_RHK.new_zeros(*words.slots.shape, heads, keys)
+        query_BSHK = table_BSHK.index_put((words.row_batch, words.row_slot), probs_RHK.clamp_min(1e-30).log())
+        key_BHKK = torch.eye(keys).expand(len(words.slots), heads, keys, keys)
+        return Call(query_BSHK.transpose(1, 2), key_BHKK, None, None, 1.0)
 
 
 def fake(words_per_example=(2, 0, 3), heads=3, layers=2, seed=0):
@@ -245,9 +256,9 @@ def test_no_words_and_constant_maps_give_zero_and_finite_gradients():
     batch.targets[0] = 0.5  # a constant target counts for nothing
     total, count = module.sums(tap, batch, batch.targets, batch.valid)
     assert count == 1
-    for probs in tap.probs.values():  # so does attention that looks nowhere in particular
-        probs.data.fill_(1 / 42)
-        probs.data[:, :, :] = 0
+    for probs in tap.probs.values():  # so does attention that looks away from the image altogether
+        probs.data.zero_()
+        probs.data[:, :, 0] = 1
     total, count = module.sums(tap, batch, batch.targets, batch.valid)
     total.backward()
     assert total.item() == 0

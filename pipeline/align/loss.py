@@ -5,10 +5,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from pipeline.align.aligner import Aligner, HeadMean
 from pipeline.align.released import released_maps
-from pipeline.student.capture import AttentionTap, student_maps
+from pipeline.student.capture import AttentionTap, layer_maps, student_maps
 
 if TYPE_CHECKING:
     from pipeline.align.config import AlignConfig
@@ -100,11 +101,15 @@ class AlignmentLoss(nn.Module):
         """The student's aligned maps before any normalisation: (W, S, S)."""
         if self.compat:
             return released_maps(tap, batch, self.aligner)
-        raw_WNHSS = student_maps(tap, batch)
-        words, layers, heads, side, _ = raw_WNHSS.shape
         if self.aggregation == "per-layer":
-            aligned = self.aligner(raw_WNHSS.reshape(words * layers, heads, side, side))
-            return aligned.view(words, layers, side, side).mean(1)
+            # Computed again in backward, layer by layer: what the convolutions of all layers would keep is more than
+            # the rest of a step with gradient checkpointing.
+            aligned = [
+                checkpoint(self.aligner, raw_WHSS, use_reentrant=False, preserve_rng_state=False)
+                for raw_WHSS in layer_maps(tap, batch)
+            ]
+            return torch.stack(aligned, 1).mean(1)
+        raw_WNHSS = student_maps(tap, batch)
         if self.aggregation == "max":
             return self.aligner(raw_WNHSS.amax((1, 2))[:, None])
         if self.aggregation == "flow":

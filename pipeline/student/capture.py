@@ -1,7 +1,9 @@
 """Reads the attention of chosen text positions while the model runs its usual fused kernel.
 
 One attention function is registered with transformers. It returns the fused kernel's output untouched and, in layers
-that are tapped, computes the probabilities of the wanted rows only, in float32, over all keys, with gradients.
+that are tapped, keeps what the probabilities follow from: the queries of the wanted rows, the keys and the mask. The
+probabilities of these rows are computed from them in float32, over all keys, with gradients, when they are asked for;
+for maps of words, a few heads at a time, so that they are never held for all heads at once.
 
 A model whose text attends to the latents of a perceiver or resampler (a *relay*) has that attention captured too, over
 all latents: its family names the modules (`Family.relays`), says how several of them compose (`Family.through`) and
@@ -9,14 +11,16 @@ gives its pieces ``latents_Q``; `student_maps` then hands each latent's attentio
 call `tapped_attention` instead of a kernel and say so by ``calls_tap = True``.
 """
 
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from pipeline.errors import UserError
 from pipeline.student.batch import StudentBatch, WordRows
-from pipeline.student.planes import latent_maps, project, project_latents
+from pipeline.student.planes import Planes, latent_maps, project, project_latents
 
 if TYPE_CHECKING:
     from pipeline.student.family import Family
@@ -24,20 +28,62 @@ if TYPE_CHECKING:
 # transformers looks for "sdpa" and "flash" in the name when it decides how to prepare masks.
 NAME = "sdpa_lavender"
 SUPPORTED = ("sdpa", "eager", NAME)
+# Probabilities held at once on the way to maps: 8 MiB of them. Fewer heads at a time than this allows would be slower.
+HELD = 2 << 20
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of one call of attention, as far as probabilities depend on them.
+
+    Args:
+        query_BHLD: after rotary embedding and norms; of all positions or of some, see ``place_BL``.
+        key_BHKD: the same; it may have fewer heads.
+        mask: additive or boolean, (B, 1 or H, L, K), for the same positions as the queries; None masks nothing.
+        place_BL: the position of each query where later keys are hidden from it; None hides none.
+        scaling: of the scores.
+        rows_RHK: the probabilities of the wanted rows, if they are so few that they were computed on the spot.
+    """
+
+    query_BHLD: torch.Tensor
+    key_BHKD: torch.Tensor
+    mask: torch.Tensor | None
+    place_BL: torch.Tensor | None
+    scaling: float
+    rows_RHK: torch.Tensor | None = None
+
+    @property
+    def size(self) -> int:
+        """How many probabilities there are."""
+        return self.query_BHLD.shape[:3].numel() * self.key_BHKD.shape[2]
+
+    def at(self, slots_BS: torch.Tensor) -> "Call":
+        """The same call for the queries at some positions only."""
+        _, heads, _, depth = self.query_BHLD.shape
+        index_B1S1 = slots_BS[:, None, :, None]
+        query_BHSD = self.query_BHLD.gather(2, index_B1S1.expand(-1, heads, -1, depth))
+        mask = self.mask
+        if mask is not None:
+            _, layers, _, keys = mask.shape
+            mask = mask.expand(len(slots_BS), -1, -1, -1).gather(2, index_B1S1.expand(-1, layers, -1, keys))
+        place_BS = None if self.place_BL is None else self.place_BL.expand(len(slots_BS), -1).gather(1, slots_BS)
+        return Call(query_BHSD, self.key_BHKD, mask, place_BS, self.scaling)
 
 
 class AttentionTap:
-    """Captures attention rows of a model during its forward.
+    """Reads attention rows of a model's forward.
 
     Usage::
 
         tap = AttentionTap(model, family)
         tap.rows(batch.words)
         model(**batch.inputs)
+        student_maps(tap, batch)  # (W, layers, H, 32, 32)
         tap.maps()  # {layer: (R, H, K)}
 
-    The model keeps running through the tap until `close`; without rows it only costs a function call. Works with
-    PEFT, DDP, FSDP2 and non-reentrant gradient checkpointing.
+    `rows` may be left out in a training loop that hands the loss its batch after the forward; the queries of all
+    positions are then kept until the next forward, instead of those of the words. The model keeps running through the
+    tap until `close`. Works with PEFT, DDP, FSDP2 and non-reentrant gradient checkpointing.
 
     Args:
         model: the student, wrapped or not.
@@ -53,8 +99,9 @@ class AttentionTap:
         self.layers = family.layers(model)
         if not self.layers:
             raise UserError("this model has no attention from text to image")
+        self._told = False  # whether `rows` says what is wanted
         self._words: WordRows | None = None
-        self._captured: dict[int | str, torch.Tensor] = {}
+        self._calls: dict[int | str, Call] = {}
         self._model = model
         self._through = family.through
         self.relays = {f"relay {number}": module for number, module in enumerate(family.relays(model))}
@@ -71,39 +118,56 @@ class AttentionTap:
             _switch(model, config, NAME)
         for index, module in tapped.items():
             module.lavender_tap = (self, index)
+        # On the innermost model that holds the layers: PEFT and wrappers pass by the hooks of the outer ones, and a
+        # checkpointed layer that runs again in backward passes by this one.
+        self._hook = _holder(model, next(iter(self.layers.values()))).register_forward_pre_hook(self._begin)
 
     def rows(self, words: WordRows | None) -> None:
-        """Sets the rows that the next forward captures and forgets the last ones; None captures nothing.
+        """Sets the rows that forwards read from now on and forgets the last ones; None reads nothing.
 
         With gradient checkpointing the backward of one forward comes before the rows of the next.
 
         Raises:
             UserError: the model uses reentrant gradient checkpointing, whose first pass carries no gradients.
         """
-        self._captured = {}
+        self._forget()
+        self._told = True
         self._words = words if words is not None and len(words.row_batch) else None
-        if self._words is None:
-            return
-        for module in self._checkpointed:
-            function = getattr(module, "_gradient_checkpointing_func", None)
-            if module.gradient_checkpointing and getattr(function, "keywords", {}).get("use_reentrant", False):
-                raise UserError(
-                    "reentrant gradient checkpointing loses the gradient of the attention: "
-                    "enable it with use_reentrant=False"
-                )
+        if self._words is not None:
+            self._refuse_reentrant()
+
+    def calls(self, words: WordRows) -> dict[int, Call]:
+        """What the tapped layers' attention was called with at ``words.slots`` in the last forward, by layer.
+
+        Args:
+            words: those given to `rows`, or any of the batch if `rows` was never called.
+
+        Raises:
+            RuntimeError: the rows are not those of the last forward, or some tapped layer did not run.
+            UserError: see `rows`.
+        """
+        if self._told and self._words is not words:
+            raise RuntimeError("these are not the words of the last tap.rows: call it before the model's forward")
+        self._refuse_reentrant()
+        missing = [index for index in self.layers if index not in self._calls]
+        if missing:
+            raise RuntimeError(f"no attention captured in layers {missing}: run the model's forward after tap.rows")
+        found = {index: self._calls[index] for index in self.layers}
+        return found if self._told else {index: call.at(words.slots) for index, call in found.items()}
 
     def maps(self) -> dict[int, torch.Tensor]:
-        """What the last forward captured: float32 probabilities (R, H, K) by layer; empty without rows.
+        """Probabilities of the rows in the last forward: float32 (R, H, K) by layer; empty without rows.
 
         Raises:
             RuntimeError: there were rows but some tapped layer did not run.
         """
-        if self._words is None:
+        words = self._words
+        if words is None:
             return {}
-        missing = [index for index in self.layers if index not in self._captured]
-        if missing:
-            raise RuntimeError(f"no attention captured in layers {missing}: run the model's forward after tap.rows")
-        return {index: self._captured[index] for index in self.layers}
+        return {
+            index: word_rows(call, words) if call.rows_RHK is None else call.rows_RHK
+            for index, call in self.calls(words).items()
+        }
 
     def relayed(self) -> torch.Tensor:
         """The last forward's attention from latents to the relay's keys: (N, Q, K) float32, the mean over its heads.
@@ -111,10 +175,10 @@ class AttentionTap:
         Raises:
             RuntimeError: the relay did not run, or there were no rows.
         """
-        missing = [name for name in self.relays if name not in self._captured]
+        missing = [name for name in self.relays if name not in self._calls]
         if missing or not self.relays:
             raise RuntimeError("no attention captured in the perceiver: run the model's forward after tap.rows")
-        return self._through([self._captured[name] for name in self.relays])
+        return self._through([probabilities(self._calls[name]).mean(1) for name in self.relays])
 
     def capture(
         self,
@@ -126,23 +190,26 @@ class AttentionTap:
         scaling: float | None,
         is_causal: bool | None,
     ) -> None:
-        """Called by the attention function of a tapped layer."""
-        words = self._words
-        if words is None:
+        """Called by the attention function of a tapped layer, whose arguments it takes."""
+        if self._told and self._words is None:
             return
-        if index in self.relays:
-            rows_NQ = torch.arange(query_BHLD.shape[2], device=query_BHLD.device).expand(len(query_BHLD), -1)
-            probs_NHQK = slot_probabilities(module, query_BHLD, key_BHKD, mask, scaling, is_causal, rows_NQ)
-            self._captured.setdefault(index, probs_NHQK.mean(1))
-            return
-        probs_BHSK = slot_probabilities(module, query_BHLD, key_BHKD, mask, scaling, is_causal, words.slots)
-        rows_RHK = probs_BHSK[words.row_batch, :, words.row_slot]
-        # Gradient checkpointing runs the layer again in backward. The rows must be computed again there, so that the
-        # graph saves the same tensors, but the loss was made of the first pass's.
-        self._captured.setdefault(index, rows_RHK)
+        length, depth = query_BHLD.shape[2:]
+        place_BL = None
+        # Without a mask a module that is causal, or does not say, hides later keys.
+        if mask is None and length > 1 and (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+            place_BL = torch.arange(length, device=query_BHLD.device)[None]
+        call = Call(query_BHLD, key_BHKD, mask, place_BL, depth**-0.5 if scaling is None else scaling)
+        if self._told and index in self.layers:
+            call = call.at(self._words.slots)
+            if call.size <= HELD:
+                call = replace(call, rows_RHK=word_rows(call, self._words))
+        # Gradient checkpointing runs the layer again in backward, and all above must be done again there so that the
+        # graph saves the same tensors; but the loss was made of the first pass's.
+        self._calls.setdefault(index, call)
 
     def close(self) -> None:
         """Gives the model back as it was."""
+        self._hook.remove()
         for module in (*self.layers.values(), *self.relays.values()):
             if getattr(module, "lavender_tap", (None,))[0] is self:
                 del module.lavender_tap
@@ -151,6 +218,21 @@ class AttentionTap:
         self._previous = []
         self.rows(None)
 
+    def _begin(self, *_) -> None:
+        self._forget()
+
+    def _forget(self) -> None:
+        self._calls = {}
+
+    def _refuse_reentrant(self) -> None:
+        for module in self._checkpointed:
+            function = getattr(module, "_gradient_checkpointing_func", None)
+            if module.gradient_checkpointing and getattr(function, "keywords", {}).get("use_reentrant", False):
+                raise UserError(
+                    "reentrant gradient checkpointing loses the gradient of the attention: "
+                    "enable it with use_reentrant=False"
+                )
+
     def __enter__(self) -> "AttentionTap":
         return self
 
@@ -158,71 +240,88 @@ class AttentionTap:
         self.close()
 
 
-def slot_probabilities(
-    module: nn.Module,
-    query_BHLD: torch.Tensor,
-    key_BHKD: torch.Tensor,
-    mask: torch.Tensor | None,
-    scaling: float | None,
-    is_causal: bool | None,
-    slots_BS: torch.Tensor,
-) -> torch.Tensor:
-    """(B, H, S, K): attention probabilities, float32, of the query positions in ``slots_BS``.
+def probabilities(call: Call, first: int = 0, count: int | None = None) -> torch.Tensor:
+    """(B, h, S, K): float32 attention probabilities of all heads, or of those that share some of the key heads.
 
     Args:
-        module: the attention module, asked for ``is_causal`` where the call does not say.
-        query_BHLD, key_BHKD: after rotary embedding and norms; the key may have fewer heads.
-        mask: additive or boolean, (B, 1 or H, L, K); None is causal for modules that are.
-        scaling: of the scores; None is 1/sqrt(D).
+        call: with the queries of S positions.
+        first, count: which key heads; all without ``count``.
     """
-    batch, heads, length, depth = query_BHLD.shape
-    key_heads, keys = key_BHKD.shape[1:3]
-    slots = slots_BS.shape[1]
-    index_BHSD = slots_BS[:, None, :, None].expand(-1, heads, -1, depth)
-    query_BHSD = query_BHLD.gather(2, index_BHSD).float() * (depth**-0.5 if scaling is None else scaling)
+    batch, heads, slots, depth = call.query_BHLD.shape
+    query_BhSD, key_BGKD, mask = call.query_BHLD, call.key_BHKD, call.mask
+    if count is not None:
+        shared = heads // key_BGKD.shape[1]
+        mine = slice(first * shared, (first + count) * shared)
+        query_BhSD, key_BGKD = query_BhSD[:, mine], key_BGKD[:, first : first + count]
+        mask = mask[:, mine] if mask is not None and mask.shape[1] > 1 else mask
+    groups, keys = key_BGKD.shape[1:3]
     # Query heads that share a key head become further rows of it, which saves repeating the keys.
-    grouped = query_BHSD.reshape(batch, key_heads, -1, depth)
-    scores_BHSK = (grouped @ key_BHKD.float().transpose(2, 3)).view(batch, heads, slots, keys)
+    grouped = (query_BhSD.float() * call.scaling).reshape(batch, groups, -1, depth)
+    scores_BhSK = (grouped @ key_BGKD.float().transpose(2, 3)).view(batch, -1, slots, keys)
+    lowest = torch.finfo(torch.float32).min
     if mask is not None:
-        picked = mask.expand(batch, -1, -1, -1).gather(
-            2, slots_BS[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3])
-        )[..., :keys]
+        picked = mask[..., :keys]
         if picked.dtype == torch.bool:
-            scores_BHSK = scores_BHSK.masked_fill(~picked, torch.finfo(torch.float32).min)
+            scores_BhSK = scores_BhSK.masked_fill(~picked, lowest)
         else:
-            scores_BHSK = scores_BHSK + picked.float()
-    elif length > 1 and (getattr(module, "is_causal", True) if is_causal is None else is_causal):
-        later_BSK = torch.arange(keys, device=slots_BS.device) > slots_BS[:, :, None]
-        scores_BHSK = scores_BHSK.masked_fill(later_BSK[:, None], torch.finfo(torch.float32).min)
-    return scores_BHSK.softmax(-1)
+            scores_BhSK = scores_BhSK + picked.float()
+    elif call.place_BL is not None:
+        later_BSK = torch.arange(keys, device=scores_BhSK.device) > call.place_BL[:, :, None]
+        scores_BhSK = scores_BhSK.masked_fill(later_BSK[:, None], lowest)
+    return scores_BhSK.softmax(-1)
 
 
-def student_maps(tap: AttentionTap, batch: StudentBatch) -> torch.Tensor:
-    """Raw attention of each word on the whole image: (W, layers, H, 32, 32), float32, see `planes.project`.
+def word_rows(call: Call, words: WordRows, first: int = 0, count: int | None = None) -> torch.Tensor:
+    """(R, h, K): the probabilities of the words' rows, of the heads of `probabilities`."""
+    return probabilities(call, first, count)[words.row_batch, :, words.row_slot]
 
-    The mean over a word's rows; no Aligner, no normalisation. Behind a relay: attention to the latents times the
-    latents' own attention to the patches.
+
+def word_cells(call: Call, words: WordRows, planes: Planes, latents_BNSS: torch.Tensor | None = None) -> torch.Tensor:
+    """(W, H, S, S): one layer's attention of each word on the whole image, see `planes.project`.
+
+    The mean over a word's rows; no Aligner, no normalisation. Behind a relay: attention to the latents times
+    ``latents_BNSS``, where they look. What many heads and keys need at once is bounded by computing some heads at a
+    time, and again in backward.
     """
-    captured = tap.maps()
-    words = batch.words
-    if not captured:
-        heads = next(iter(tap.layers.values())).config.num_attention_heads
-        side = batch.planes.rows_y.shape[2]
-        return batch.planes.rows_y.new_zeros(len(words), len(tap.layers), heads, side, side)
     count_W = torch.zeros(len(words), device=words.row_word.device).index_add_(
         0, words.row_word, torch.ones(len(words.row_word), device=words.row_word.device)
     )
-    latents_BNSS = None if batch.planes.latents is None else latent_maps(tap.relayed(), batch.planes)
-    maps = []
-    for probs_RHK in captured.values():
-        mean_WHK = probs_RHK.new_zeros(len(words), *probs_RHK.shape[1:]).index_add(0, words.row_word, probs_RHK)
-        mean_WHK = mean_WHK / count_W[:, None, None]
+
+    def cells(rows_RhK: torch.Tensor) -> torch.Tensor:
+        mean_WhK = rows_RhK.new_zeros(len(words), *rows_RhK.shape[1:]).index_add(0, words.row_word, rows_RhK)
+        mean_WhK = mean_WhK / count_W[:, None, None]
         if latents_BNSS is None:
-            maps.append(project(mean_WHK, batch.planes, words.word_example))
-        else:
-            most = words.slots.shape[1]
-            maps.append(project_latents(mean_WHK, latents_BNSS, batch.planes, words.word_example, most))
-    return torch.stack(maps, 1)
+            return project(mean_WhK, planes, words.word_example)
+        return project_latents(mean_WhK, latents_BNSS, planes, words.word_example, words.slots.shape[1])
+
+    if call.rows_RHK is not None:
+        return cells(call.rows_RHK)
+    groups = call.key_BHKD.shape[1]
+    once = max(HELD * groups // call.size, 1)
+    parts = [
+        checkpoint(
+            lambda first: cells(word_rows(call, words, first, min(once, groups - first))),
+            first,
+            use_reentrant=False,
+            preserve_rng_state=False,
+        )
+        for first in range(0, groups, once)
+    ]
+    return torch.cat(parts, 1)
+
+
+def student_maps(tap: AttentionTap, batch: StudentBatch) -> torch.Tensor:
+    """Raw attention of each word on the whole image: (W, layers, H, 32, 32), float32, see `word_cells`."""
+    return torch.stack(layer_maps(tap, batch), 1)
+
+
+def layer_maps(tap: AttentionTap, batch: StudentBatch) -> list[torch.Tensor]:
+    """The same layer by layer: (W, H, 32, 32) each; zeros of no words where a batch has none."""
+    if not len(batch.words):
+        heads, side = next(iter(tap.layers.values())).config.num_attention_heads, batch.planes.rows_y.shape[2]
+        return [batch.planes.rows_y.new_zeros(0, heads, side, side)] * len(tap.layers)
+    latents_BNSS = None if batch.planes.latents is None else latent_maps(tap.relayed(), batch.planes)
+    return [word_cells(call, batch.words, batch.planes, latents_BNSS) for call in tap.calls(batch.words).values()]
 
 
 def tapped_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
@@ -256,3 +355,10 @@ def _switch(model: nn.Module, config, name: str) -> None:
             module.set_attn_implementation(name)
             return
     raise UserError(f"cannot tap {type(model).__name__}: no submodel owns the config of its attention layers")
+
+
+def _holder(model: nn.Module, layer: nn.Module) -> nn.Module:
+    """The innermost transformers model that an attention module is part of."""
+    from transformers import PreTrainedModel
+
+    return [m for m in model.modules() if isinstance(m, PreTrainedModel) and any(c is layer for c in m.modules())][-1]
