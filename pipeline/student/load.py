@@ -87,6 +87,7 @@ def load_student(cfg: ModelConfig, align: "AlignConfig | None" = None) -> Studen
             dtype=getattr(torch, cfg.dtype),
             attn_implementation=cfg.attention,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # so that they are listed, and refused below
             **({"parts": {name: model_path(part) for name, part in cfg.parts.items()}} if cfg.parts else {}),
             **_where(cfg),
         )
@@ -94,7 +95,9 @@ def load_student(cfg: ModelConfig, align: "AlignConfig | None" = None) -> Studen
         raise UserError(f"cannot load the model {cfg.path}: {_first_line(error)}") from error
     missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
     if missing:
-        raise UserError(f"the weights in {cfg.path} lack {len(missing)} tensors of the model: {missing[0]}, ...")
+        raise UserError(
+            f"the weights in {cfg.path} lack {len(missing)} tensors of the model in its shapes: {missing[0]}, ..."
+        )
     if not processor.tokenizer.is_fast:
         raise UserError(f"{cfg.path} has no fast tokenizer (tokenizer.json), which is needed to find words in tokens")
     if not processor.chat_template:

@@ -52,7 +52,8 @@ class OpenFlamingoFamily(Family):
     @classmethod
     def load(cls, path: str, parts: Mapping[str, str] | None = None, **options) -> tuple[nn.Module, object]:
         where = {name: options[name] for name in ("revision", "local_files_only") if name in options}
-        options = {name: options[name] for name in ("dtype", "output_loading_info") if name in options} | {
+        kept = ("dtype", "output_loading_info", "ignore_mismatched_sizes")
+        options = {name: options[name] for name in kept if name in options} | {
             "attn_implementation": _kernels(options.get("attn_implementation", "sdpa"))
         }
         published = _file(path, CHECKPOINT, **where)
@@ -130,14 +131,13 @@ def assemble(
     from transformers.modeling_utils import load_state_dict
 
     trained = {name: value for name, value in load_state_dict(published).items() if not name.startswith(_ALIASES)}
+    found = _json(language, "config.json", **where)
+    text = text_config(found, language)
+    kind = text.model_type
     tokenizer = AutoTokenizer.from_pretrained(language, **where)
     tokenizer.add_special_tokens({"additional_special_tokens": [END, IMAGE]})
     if tokenizer.pad_token is None:
         tokenizer.add_special_tokens({"pad_token": "<PAD>"})
-
-    found = _json(language, "config.json", **where)
-    text = text_config(found, language)
-    kind = text.model_type
     tower = _json(vision, "config.json", **where)
     tower = CLIPVisionConfig.from_dict(tower.get("vision_config", tower))
     embedding = f"lang_encoder.{EMBEDDINGS[kind]}"

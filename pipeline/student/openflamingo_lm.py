@@ -119,10 +119,9 @@ def text_config(found: dict, name: str) -> "PreTrainedConfig":
     if kind not in ("mpt", "mosaic_gpt"):
         raise UserError(f"OpenFlamingo's language models are mpt, mosaic_gpt and gpt_neox; {name} is '{kind}'")
     if kind == "mosaic_gpt":
-        attention = {
-            name: found.get(f"attn_{name}" if name in ("qk_ln", "clip_qkv") else name)
-            for name in ("qk_ln", "clip_qkv", "softmax_scale", "alibi", "alibi_bias_max", "prefix_lm")
-        }
+        names = {"attn_qk_ln": "qk_ln", "attn_clip_qkv": "clip_qkv"}
+        names |= {name: name for name in ("softmax_scale", "alibi", "alibi_bias_max", "prefix_lm")}
+        attention = {new: found[old] for old, new in names.items() if found.get(old) is not None}
         found = found | {"attn_config": attention, "expansion_ratio": found.get("mlp_ratio", 4)}
     else:
         attention = found.get("attn_config") or {}
