@@ -14,12 +14,15 @@ class ReportConfig:
         words: words in the gallery.
         title: heading of the page; empty composes one from model and data.
         arms: at most this many arms beside the base have a column of maps in the gallery.
+        look: where the evaluation could measure no words (data without regions), load the students and the teacher and
+            read maps of some; false leaves the gallery out.
     """
 
     name: str = "default"
     words: int = 24
     title: str = ""
     arms: int = 2
+    look: bool = True
 
     def __post_init__(self) -> None:
         if self.words < 0 or self.arms < 1:

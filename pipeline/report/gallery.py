@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,23 +13,27 @@ import numpy as np
 
 from pipeline.evaluate.answers import read_rows
 from pipeline.evaluate.pointing import word_region
-from pipeline.report.overlay import enlarge, overlay, png
-from pipeline.report.page import uri
+from pipeline.report.looks import Looks, likeness
+from pipeline.report.overlay import encoded, enlarge, overlay
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from pipeline.examples import Example
 
 SHOWN_MISTAKES = 20
+INSIDE, LIKE = "inside its region", "like the teacher"
+Find = Callable[[str, int], "Example"]
 
 
 @dataclass
 class Maps:
-    """What an evaluation kept of one arm or the teacher: rows and maps of words, and the answers, by name."""
+    """What is known of one arm or the teacher: rows and maps of words, and the answers, by name."""
 
     name: str
-    words: dict[str, dict]
-    maps: dict[str, np.ndarray]
-    answers: dict[str, dict]
+    words: dict[str, dict] = field(default_factory=dict)
+    maps: dict[str, np.ndarray] = field(default_factory=dict)
+    answers: dict[str, dict] = field(default_factory=dict)
 
     @classmethod
     def read(cls, name: str, folder: Path) -> Maps:
@@ -40,130 +45,220 @@ class Maps:
         return cls(name, words, maps, answers)
 
 
+@dataclass(frozen=True)
+class Shown:
+    """A word of the gallery: its row (as in pointing.jsonl), its example and, where it is known, its region."""
+
+    row: dict
+    example: Example
+    image: Image.Image
+    region: np.ndarray | None
+
+    @property
+    def uid(self) -> str:
+        return self.row["uid"]
+
+
+def draw_by_name(names: Iterable[str], count: int, first: Iterable[str] = ()) -> list[str]:
+    """``count`` of the names, drawn by a hash of them: not picked by hand. Those of ``first`` come before others."""
+    told = set(first)
+    return sorted(names, key=lambda name: (name not in told, hashlib.sha256(name.encode()).digest()))[:count]
+
+
 def choose(arms: Sequence[Maps], task: str, count: int, teacher: Maps | None = None) -> list[str]:
-    """``count`` words of a task that every arm has a map of, drawn by a hash of their names: not picked by hand.
-
-    Words that the teacher was measured at come first.
-    """
+    """``count`` words of a task that every arm has a map of; words that the teacher was measured at come first."""
     shared = set.intersection(*(set(arm.words) for arm in arms)) if arms else set()
-    mine = (uid for uid in shared if arms[0].words[uid]["task"] == task)
-    told = set(teacher.words) if teacher else set()
-    return sorted(mine, key=lambda uid: (uid not in told, hashlib.sha256(uid.encode()).digest()))[:count]
+    mine = [uid for uid in shared if arms[0].words[uid]["task"] == task]
+    return draw_by_name(mine, count, teacher.words if teacher else ())
 
 
-def cards(
-    uids: Sequence[str], teacher: Maps | None, arms: Sequence[Maps], example: Callable[[str, int], Example]
-) -> list[dict]:
-    """Cards of the gallery; the first arm is the one that changes are measured from, the last the one of interest.
-
-    Args:
-        example: (split, index) -> the example.
-    """
+def measured(uids: Sequence[str], arms: Sequence[Maps], find: Find) -> list[Shown]:
+    """The words of an evaluation that measured where they look."""
     from pipeline.examples import decode
 
-    out = []
+    found = []
     for uid in uids:
         row = arms[0].words[uid]
-        shown = example(row["split"], row["index"])
-        image = decode(shown.image)
-        region, _ = word_region(shown.meta["regions"], row["turn"], row["start"], row["end"], image.size[::-1])
-        answer = shown.turns[row["turn"]].text
-        pictures = [_picture("image", enlarge(image), "", "", f"the image asked about, key {shown.key}")]
-        for one in [teacher, *arms]:
-            if one is not None and uid in one.maps:
-                found = one.words[uid]
-                picture = overlay(image, one.maps[uid].astype(np.float32), region)
-                mark = "hit" if found["hit"] else "miss"
-                said = one.answers.get(uid.rpartition(":")[0])
-                inside = f"{100 * found['mass']:.0f}% inside"
-                note = inside + (f"; says “{_short(said['answer'], 28)}”" if said else "")
-                alt = f"attention of {one.name} for the word {row['word']}: {mark}, {inside} its region"
-                pictures.append(_picture(one.name, picture, mark, note, alt))
-        last = arms[-1].words[uid]
+        one = find(row["split"], row["index"])
+        image = decode(one.image)
+        region, _ = word_region(one.meta["regions"], row["turn"], row["start"], row["end"], image.size[::-1])
+        found.append(Shown(row, one, image, region))
+    return found
+
+
+def look(
+    questions: Sequence,
+    find: Find,
+    teacher: Maps | None,
+    arms: Sequence[Maps],
+    read: Mapping[str, Callable[[Example], Looks]],
+) -> list[Shown]:
+    """One word from each question's gold answer, for data whose regions nobody knows: reads the maps now.
+
+    Fills the maps of ``teacher`` and ``arms`` (at their names in ``read``). Of the words that all have a map of, the
+    longest is taken, the likeliest to name something. What an arm cannot take is left out.
+    """
+    from pipeline.evaluate.questions import alone
+    from pipeline.examples import ImageError, decode
+    from pipeline.student.batch import EncodeError
+
+    found = []
+    for question in questions:
+        one = alone(find(question.split, question.index), question.turn)
+        try:
+            image = decode(one.image)
+            looks = {name: reader(one) for name, reader in read.items()}
+        except (EncodeError, ImageError):
+            continue
+        words = [w for w in one.words(("assistant",)) if all(w in have for have in looks.values())]
+        if not words:
+            continue
+        word = max(words, key=lambda w: (w.end - w.start, -w.start))
+        row = {
+            "uid": f"{question.uid}:{word.start}",
+            "turn": word.turn,
+            "start": word.start,
+            "end": word.end,
+            "word": one.word_text(word),
+            "word_kind": question.kind,
+        }
+        for kept in (teacher, *arms):
+            if kept is not None:
+                kept.maps[row["uid"]] = looks[kept.name][word]
+        found.append(Shown(row, one, image, None))
+    return found
+
+
+def cards(shown: Sequence[Shown], teacher: Maps | None, arms: Sequence[Maps]) -> list[dict]:
+    """Cards of the gallery, misses of the last arm first, then by the change from the first arm to it.
+
+    A card's ``scores`` are, by arm, the share of the map inside the word's region; without a known region the
+    correlation with the teacher's map; without either there are none.
+    """
+    out = []
+    for one in shown:
+        text = one.example.turns[one.row["turn"]].text
+        about = f"the image of example {one.example.key}"
+        pictures = [_picture("image", enlarge(one.image), alt=about)]
+        scores: dict[str, float] = {}
+        misses: dict[str, bool] = {}
+        for who in [teacher, *arms]:
+            if who is None or one.uid not in who.maps:
+                continue
+            picture = overlay(one.image, who.maps[one.uid], one.region)
+            said = who.answers.get(one.uid.rpartition(":")[0])
+            mark, note = "", ""
+            if one.region is not None:
+                found = who.words[one.uid]
+                mark, note = ("hit" if found["hit"] else "miss"), f"{100 * found['mass']:.0f}% inside"
+                score = found["mass"]
+            elif teacher is not None and who is not teacher and one.uid in teacher.maps:
+                score = likeness(who.maps[one.uid], teacher.maps[one.uid])
+                note = f"r = {score:.2f}"
+            else:
+                score = None
+            if who is not teacher:
+                if score is not None:
+                    scores[who.name] = round(score, 4)
+                misses[who.name] = mark == "miss" if mark else bool(said) and not said["correct"]
+            alt = f"attention of {who.name} for the word {one.row['word']}" + (f": {mark}, {note}" if mark else "")
+            answer = f"says “{_short(said['answer'] or said['raw'], 28)}”" if said else ""
+            pictures.append(_picture(who.name, picture, mark, note, answer, alt))
+        first, last = arms[0].name, arms[-1].name
         out.append(
             {
-                "word": row["word"],
-                "kind": row["word_kind"],
-                "question": shown.turns[row["turn"] - 1].text,
-                "before": answer[: row["start"]],
-                "after": answer[row["end"] :],
+                "word": one.row["word"],
+                "kind": one.row["word_kind"],
+                "question": one.example.turns[one.row["turn"] - 1].text,
+                "before": text[: one.row["start"]],
+                "after": text[one.row["end"] :],
                 "pictures": pictures,
-                "failure": int(not last["hit"]),
-                "gain": round(last["mass"] - row["mass"], 4),
+                "scores": scores,
+                "misses": misses,
+                "measure": INSIDE if one.region is not None else LIKE,
+                "change": round(scores.get(last, 0) - scores.get(first, 0), 4),
             }
         )
-    return sorted(out, key=lambda card: (-card["failure"], card["gain"]))
+    return sorted(out, key=lambda card: (-card["misses"].get(arms[-1].name, False), card["change"]))
 
 
-def _picture(name: str, image, mark: str, note: str, alt: str) -> dict:
+def _picture(name: str, image, mark: str = "", note: str = "", answer: str = "", alt: str = "") -> dict:
     return {
         "name": name,
-        "source": uri(png(image, colours=96)),
+        "source": uri(encoded(image, colours=128)),
         "width": image.width,
         "height": image.height,
         "mark": mark,
         "note": note,
+        "answer": answer,
         "alt": alt,
     }
 
 
-def sheet(uids: Sequence[str], teacher: Maps | None, arms: Sequence[Maps], example, count: int = 8) -> bytes:
+def uri(png: bytes) -> str:
+    """A PNG as a data URI."""
+    return "data:image/png;base64," + base64.b64encode(png).decode()
+
+
+def sheet(shown: Sequence[Shown], teacher: Maps | None, arms: Sequence[Maps], count: int = 8) -> bytes:
     """One PNG with the first words of the gallery in rows: image, teacher, arms."""
-    from pipeline.examples import decode
-    from pipeline.report.plots import Look, draw
+    from pipeline.report import plots
 
     columns = [one for one in (teacher, *arms) if one is not None]
-    rows = list(uids[:count])
-
-    def paint(axes, look):
-        for place, uid in enumerate(rows):
-            row = arms[0].words[uid]
-            shown = example(row["split"], row["index"])
-            image = decode(shown.image)
-            region, _ = word_region(shown.meta["regions"], row["turn"], row["start"], row["end"], image.size[::-1])
-            mine = axes[place * (len(columns) + 1) :]
-            mine[0].imshow(enlarge(image))
-            mine[0].set_ylabel(row["word"], rotation=0, ha="right", va="center")
-            for panel, one in zip(mine[1:], columns, strict=False):
-                if uid in one.maps:
-                    panel.imshow(overlay(image, one.maps[uid].astype(np.float32), region))
-            for panel, name in zip(mine, ["image", *(one.name for one in columns)], strict=False):
-                if place == 0:
-                    panel.set_title(name, fontsize=9)
-        for panel in axes:
-            panel.set_xticks([])
-            panel.set_yticks([])
-            panel.grid(visible=False)
-            for side in panel.spines.values():
-                side.set_visible(False)
-
-    return draw(paint, Look(), max(1, len(rows)), len(columns) + 1, height=1.6)
+    rows = [
+        (
+            one.row["word"],
+            [
+                enlarge(one.image),
+                *(
+                    overlay(one.image, who.maps[one.uid], one.region) if one.uid in who.maps else None
+                    for who in columns
+                ),
+            ],
+        )
+        for one in shown[:count]
+    ]
+    return plots.png(plots.sheet(["image", *(one.name for one in columns)], rows), "middle")
 
 
-def mistakes(arms: Mapping[str, Mapping[str, dict]], count: int = SHOWN_MISTAKES) -> list[tuple]:
-    """Head and rows of the mistakes table: question, gold, the output of every arm.
+def mistakes(
+    arms: Mapping[str, Mapping[str, dict]], picture: Callable[[str], Image.Image | None], count: int = SHOWN_MISTAKES
+) -> dict | None:
+    """The wrong answers of the last arm beside what the others said; None if there is none.
 
     Questions that an earlier arm answers rightly come first: that is what was lost.
+
+    Args:
+        picture: uid -> the image that the question is about, or None.
     """
     names = list(arms)
     if not names:
-        return []
+        return None
     last, others = arms[names[-1]], [arms[name] for name in names[:-1]]
     wrong = [uid for uid, row in last.items() if not row["correct"]]
-    lost = {uid: any(other[uid]["correct"] for other in others if uid in other) for uid in wrong}
-    wrong.sort(key=lambda uid: (not lost[uid], hashlib.sha256(uid.encode()).digest()))
-    rows = [("question", "kind", "right answer", *names)]
-    for uid in wrong[:count]:
-        row = last[uid]
-        said = [_said(arms[name].get(uid)) for name in names]
-        rows.append((row["prompt"], f"{row['task']}: {row['kind']}", row["gold"], *said))
-    return rows if len(rows) > 1 else []
+    lost = {uid for uid in wrong if any(other[uid]["correct"] for other in others if uid in other)}
+    rows = []
+    for uid in draw_by_name(wrong, count, lost):
+        row, image = last[uid], picture(uid)
+        rows.append(
+            {
+                "picture": _picture("image", enlarge(image, 96), alt=f"the image of {uid}") if image else None,
+                "question": row["prompt"],
+                "kind": f"{row['task']}: {row['kind']}",
+                "gold": row["gold"],
+                "said": [_said(arms[name].get(uid)) for name in names],
+            }
+        )
+    return {"arms": names, "wrong": len(wrong), "asked": len(last), "lost": len(lost), "rows": rows} if rows else None
 
 
-def _said(row: Mapping | None) -> str:
+def _said(row: Mapping | None) -> dict:
     if row is None:
-        return "not asked"
-    return f"{_short(row['raw'], 80) or 'nothing'} ({row['failure'] or ('right' if row['correct'] else 'wrong')})"
+        return {"text": "", "verdict": "not asked"}
+    return {
+        "text": _short(row["raw"], 80) or "nothing",
+        "verdict": row["failure"] or ("right" if row["correct"] else "wrong"),
+    }
 
 
 def _short(text: str, length: int) -> str:

@@ -7,8 +7,8 @@ import io
 import numpy as np
 from PIL import Image
 
-SIDE = 160  # pixels of the longer side of a picture on the page
-OUTLINE = (255, 255, 255)
+SIDE = 192  # pixels of the longer side of a picture on the page
+EDGE, HALO = (255, 255, 255), (20, 18, 24)
 
 
 def enlarge(image: Image.Image, side: int = SIDE) -> Image.Image:
@@ -21,8 +21,8 @@ def enlarge(image: Image.Image, side: int = SIDE) -> Image.Image:
 def overlay(image: Image.Image, map_HW: np.ndarray, region_HW: np.ndarray | None = None, side: int = SIDE):
     """Lays a map (any grid over the whole image, any range) over an RGB image; outlines a region's mask.
 
-    Low values darken the image, high values show it in the map's warm colours, so that the peak is seen on any image
-    and also without colour vision. A constant map is shown as all low.
+    The image is shown dark and almost grey, the map in colours that grow brighter with it (inferno), more opaque where
+    it is high: the peak is seen on any image and also without colour vision. A constant map is shown as all low.
     """
     from matplotlib import colormaps
 
@@ -30,12 +30,16 @@ def overlay(image: Image.Image, map_HW: np.ndarray, region_HW: np.ndarray | None
     map_HW = np.asarray(map_HW, dtype=np.float32)
     low, high = float(map_HW.min()), float(map_HW.max())
     unit = (map_HW - low) / (high - low) if high > low else np.zeros_like(map_HW)
-    heat_HW = np.asarray(Image.fromarray(unit).resize(picture.size, Image.Resampling.BILINEAR)).clip(0, 1)
+    heat_HW = np.asarray(Image.fromarray(unit).resize(picture.size, Image.Resampling.BICUBIC)).clip(0, 1)
     colours_HWC = colormaps["inferno"](heat_HW)[..., :3] * 255
-    alpha_HW1 = (0.55 + 0.2 * heat_HW)[..., None]
-    mixed = np.asarray(picture, dtype=np.float32) * (1 - alpha_HW1) + colours_HWC * alpha_HW1
+    grey_HW1 = np.asarray(picture.convert("L"), dtype=np.float32)[..., None]
+    ground_HWC = 0.55 * (0.65 * grey_HW1 + 0.35 * np.asarray(picture, dtype=np.float32))
+    alpha_HW1 = (0.25 + 0.6 * heat_HW)[..., None]
+    mixed = ground_HWC * (1 - alpha_HW1) + colours_HWC * alpha_HW1
     if region_HW is not None:
-        mixed[outline(region_HW, picture.size)] = OUTLINE
+        edge_HW = outline(region_HW, picture.size)
+        mixed[_grown(edge_HW)] = HALO
+        mixed[edge_HW] = EDGE
     return Image.fromarray(mixed.round().clip(0, 255).astype(np.uint8))
 
 
@@ -47,7 +51,13 @@ def outline(region_HW: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return inside[1:-1, 1:-1] & ~core
 
 
-def png(image: Image.Image, colours: int = 0) -> bytes:
+def _grown(mask_HW: np.ndarray) -> np.ndarray:
+    """A mask and the pixels beside it."""
+    padded = np.pad(mask_HW, 1)
+    return padded[:-2, 1:-1] | padded[2:, 1:-1] | padded[1:-1, :-2] | padded[1:-1, 2:] | mask_HW
+
+
+def encoded(image: Image.Image, colours: int = 0) -> bytes:
     """PNG bytes; with ``colours`` reduced to a palette, which makes small overlays three times smaller."""
     if colours:
         image = image.quantize(colours, dither=Image.Dither.NONE)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
-from pipeline.report import plots
-from pipeline.report.plots import LOOKS
+from pipeline.report import plots, theme
 
 
 def render(context: Mapping[str, Any]) -> str:
@@ -18,9 +16,9 @@ def render(context: Mapping[str, Any]) -> str:
 
     folder = files("pipeline.report") / "templates"
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    own = {name: Markup((folder / f"page.{name}").read_text(encoding="utf-8")) for name in ("css", "js")}
+    own = {name: (folder / f"page.{name}").read_text(encoding="utf-8") for name in ("css", "js")}
     template = environment.from_string((folder / "page.html").read_text(encoding="utf-8"))
-    return template.render(**context, style=own["css"], script=own["js"])
+    return template.render(**context, style=Markup(theme.css() + own["css"]), script=Markup(own["js"]))
 
 
 def contents(
@@ -28,37 +26,88 @@ def contents(
     summary: Mapping,
     details: Mapping,
     curves: Mapping[str, Sequence[dict]],
-    gallery: Sequence[dict],
-    gallery_note: str,
-    mistakes: Sequence[tuple],
-    commands: str,
+    *,
+    gallery: Sequence[dict] = (),
+    gallery_note: str = "",
+    mistakes: Mapping | None = None,
+    facts: Sequence[tuple[str, Sequence[tuple[str, str]]]] = (),
+    runs: Mapping | None = None,
+    published: Mapping | None = None,
+    commands: str = "",
 ) -> dict[str, Any]:
     """Everything the template shows.
 
     Args:
         summary, details: the evaluation's two files.
         curves: run name -> lines of its metrics.jsonl.
-        gallery: cards of `gallery.cards`. mistakes: rows of `gallery.mistakes`.
+        gallery: cards of `gallery.cards`. mistakes: `gallery.mistakes`.
+        facts: `facts.groups`. runs: the table of `facts.runs`. published: the table of `published.table`.
         commands: what to type to repeat it.
     """
     tasks, arms = list(details["tasks"]), list(summary["arms"])
+    scored = list(gallery[0]["scores"] or gallery[0]["misses"]) if gallery else []
     return {
         "title": title,
+        "subtitle": _subtitle(summary, details),
         "lead": lead(summary, tasks),
+        "verdicts": verdicts(summary, tasks),
         "results": _results(summary, tasks),
         "changes": _changes(summary, tasks),
         "figures": figures(summary, details, curves),
         "kinds": _kinds(details, arms),
         "gallery": gallery,
         "gallery_note": gallery_note,
+        "gallery_arms": scored,
         "gallery_kinds": sorted({card["kind"] for card in gallery if card["kind"]}),
         "yes_no": _yes_no(details),
         "grounding": _grounding(details),
         "words": _words(details),
-        "mistakes": _mistakes(mistakes),
-        "facts": _facts(summary, details),
+        "mistakes": mistakes,
+        "facts": facts,
+        "runs": runs,
+        "published": published,
         "commands": commands,
+        "tokens": {arm: theme.token(arm, arms) for arm in (*arms, "teacher")},
     }
+
+
+def _subtitle(summary: Mapping, details: Mapping) -> str:
+    seeds, asked = summary["seeds"], sum(details["questions"].values())
+    over = f"{len(seeds)} training seed{'s' if len(seeds) != 1 else ''}" if seeds else "no trained run"
+    return f"{details['model']} · {details['data']} · teacher {details['teacher']} · {over} · {asked:,} questions"
+
+
+def _main(summary: Mapping) -> str | None:
+    """The arm that the page is about: lavender, or the last trained one that is compared."""
+    arms = [arm for arm in summary["paired"]["arms"] if arm != "base"]
+    return "lavender" if "lavender" in arms else arms[-1] if arms else None
+
+
+def verdicts(summary: Mapping, tasks: Sequence[str]) -> list[dict]:
+    """For each measure, how the main arm stands against the reference: a number, its interval, and what it means."""
+    arm, reference = _main(summary), summary["paired"]["reference"]
+    if arm is None:
+        return []
+    out = []
+    for what in (*tasks, "pointing"):
+        change = summary["paired"]["arms"][arm].get(what)
+        if not change:
+            continue
+        key = "value" if what == "pointing" else "accuracy"
+        now, then = (summary["arms"][name][what] for name in (arm, reference))
+        state = "even" if not change["real"] else "better" if change["difference"] > 0 else "worse"
+        lo, hi = (100 * x for x in change["ci95"])
+        out.append(
+            {
+                "what": "pointing" if what == "pointing" else f"accuracy on {what}",
+                "state": state,
+                "change": f"{_signed(100 * change['difference'], 1)} points",
+                "interval": f"[{_signed(lo, 1)}, {_signed(hi, 1)}], n = {change['n']:,}",
+                "verdict": {"even": "no real difference", "better": "really better", "worse": "really worse"}[state],
+                "from": f"{arm} {now[key]:.3f}, {reference} {then[key]:.3f}",
+            }
+        )
+    return out
 
 
 def lead(summary: Mapping, tasks: Sequence[str]) -> str:
@@ -68,7 +117,7 @@ def lead(summary: Mapping, tasks: Sequence[str]) -> str:
     for arm, changes in summary["paired"]["arms"].items():
         if arm == "base":
             continue
-        parts = [f"{_verdict(changes[task])} on {task}" for task in tasks if task in changes]
+        parts = [f"{_verdict(changes[what])} {name}" for what, name in _measures(tasks) if what in changes]
         if parts:
             told.append(f"{arm} against {reference}: {', '.join(parts)}.")
     if not told:
@@ -76,31 +125,44 @@ def lead(summary: Mapping, tasks: Sequence[str]) -> str:
     return " ".join(told) + f" Intervals are 95%, over {summary['paired']['covers']}."
 
 
+def _measures(tasks: Sequence[str]) -> list[tuple[str, str]]:
+    return [*((task, f"on {task}") for task in tasks), ("pointing", "in pointing")]
+
+
 def _verdict(change: Mapping) -> str:
     points, (lo, hi) = 100 * change["difference"], (100 * x for x in change["ci95"])
     words = ("better" if points > 0 else "worse") if change["real"] else "not distinguishable"
-    return f"{words} ({points:+.1f} points [{lo:+.1f}, {hi:+.1f}])"
+    return f"{words} ({_signed(points, 1)} points [{_signed(lo, 1)}, {_signed(hi, 1)}])"
+
+
+def _signed(value: float, digits: int = 3) -> str:
+    """With a sign, and a minus that is as wide as a plus."""
+    return f"{value:+.{digits}f}".replace("-", "−")
 
 
 def _cell(entry: Mapping | None, key: str = "value") -> dict | None:
     if not entry:
         return None
     lo, hi = entry["ci95"]
-    return {"value": f"{entry[key]:.3f}", "note": f"[{lo:.3f}, {hi:.3f}] n={entry['n']}"}
+    return {
+        "value": f"{entry[key]:.3f}",
+        "interval": f"[{lo:.3f}, {hi:.3f}]",
+        "note": f"n = {entry['n']:,}",
+        "sort": entry[key],
+    }
 
 
 def _results(summary: Mapping, tasks: Sequence[str]) -> dict:
-    seeds = summary["seeds"]
-    covers = summary["paired"]["covers"]
+    seeds, covers = summary["seeds"], summary["paired"]["covers"]
     over = f"{covers}, {len(seeds)} seeds" if covers != "examples" else "examples only"
     return {
-        "caption": f"Share of right answers and of hits of the pointing game, with 95% intervals over {over}.",
+        "caption": f"Share of right answers, and of hits of the pointing game, with 95% intervals over {over}.",
         "heads": ["arm", *(f"{task} accuracy" for task in tasks), "pointing"],
         "rows": [
             {
                 "head": arm,
+                "arm": arm,
                 "cells": [*(_cell(entry.get(task), "accuracy") for task in tasks), _cell(entry.get("pointing"))],
-                "strong": arm == "lavender",
             }
             for arm, entry in summary["arms"].items()
         ],
@@ -116,55 +178,69 @@ def _changes(summary: Mapping, tasks: Sequence[str]) -> dict | None:
         if not change:
             return None
         lo, hi = change["ci95"]
-        p = f"p={change['p']:.3f}" if change["p"] >= 0.001 else "p<0.001"
+        p = f"p = {change['p']:.3f}" if change["p"] >= 0.001 else "p < 0.001"
         mcnemar = f", McNemar {change['mcnemar_p']:.2g}" if change["mcnemar_p"] is not None else ""
-        real = "real" if change["real"] else "not distinguishable"
-        return {"value": f"{change['difference']:+.3f}", "note": f"[{lo:+.3f}, {hi:+.3f}] {p}{mcnemar}: {real}"}
+        return {
+            "value": _signed(change["difference"]),
+            "interval": f"[{_signed(lo)}, {_signed(hi)}]",
+            "note": f"{p}{mcnemar}, n = {change['n']:,}",
+            "state": ("better" if change["difference"] > 0 else "worse") if change["real"] else "even",
+            "sort": change["difference"],
+        }
 
     return {
-        "caption": f"Paired differences from {paired['reference']}; real: the interval excludes zero.",
+        "caption": f"Paired differences from {paired['reference']}. Real: the 95% interval excludes zero.",
         "heads": [f"minus {paired['reference']}", *tasks, "pointing"],
         "rows": [
-            {"head": arm, "cells": [cell(changes.get(what)) for what in (*tasks, "pointing")], "strong": False}
+            {"head": arm, "arm": arm, "cells": [cell(changes.get(what)) for what in (*tasks, "pointing")]}
             for arm, changes in paired["arms"].items()
         ],
     }
 
 
 def figures(summary: Mapping, details: Mapping, curves: Mapping) -> dict[str, dict]:
-    """Pictures of every figure in all looks, as data URIs, with a text that says what they show."""
+    """Every figure in all shapes, with a text that says what it shows; `plan` draws it again."""
     tasks, arms = list(details["tasks"]), list(summary["arms"])
     numbers = "; ".join(
         f"{arm}: "
         + ", ".join(f"{what} {entry.get('accuracy', entry.get('value')):.2f}" for what, entry in found.items())
         for arm, found in summary["arms"].items()
     )
-    out = {
-        "results": {
-            "draw": lambda look: plots.results(summary, tasks, look),
-            "alt": f"Bars of accuracy and pointing for each arm. {numbers}.",
-            "caption": "Accuracy by task and pointing of the raw attention; the lines are 95% intervals.",
-        }
+    plans = {
+        "results": (
+            plots.results(summary, tasks),
+            f"Accuracy and pointing of each arm as points with intervals. {numbers}.",
+            "Points are means, bars their 95% intervals.",
+        )
     }
+    if change := plots.changes(summary, tasks):
+        plans["changes"] = (
+            change,
+            f"Differences of the arms from {summary['paired']['reference']} with intervals; the table has the numbers.",
+            f"What each arm changes against {summary['paired']['reference']}, paired by question. Filled points: the "
+            "95% interval excludes zero. Hollow: it does not.",
+        )
     if any(details["by_kind"].values()):
-        out["kinds"] = {
-            "draw": lambda look: plots.kinds(details["by_kind"], arms, look),
-            "alt": "Bars of accuracy for each kind of question and arm; the table below has the numbers.",
-            "caption": "Accuracy by kind of question, each asked alone.",
-        }
-    if any(curves.values()):
-        out["training"] = {
-            "draw": lambda look: plots.training(curves, look),
-            "alt": _curve_text(curves),
-            "caption": "Losses over training steps, smoothed over 2% of the run.",
-        }
-    return {
-        name: {
-            **{key: one[key] for key in ("alt", "caption")},
-            "pictures": {k.name: uri(one["draw"](k)) for k in LOOKS},
-        }
-        for name, one in out.items()
-    }
+        plans["kinds"] = (
+            plots.kinds(details["by_kind"], arms),
+            "Bars of accuracy for each kind of question and arm; the table below has the numbers.",
+            "Accuracy by kind of question, each question asked alone; thin lines are 95% intervals.",
+        )
+    if any(row.get("ce") is not None for rows in curves.values() for row in rows):
+        plans["training"] = (
+            plots.training(curves),
+            _curve_text(curves),
+            "Losses over training steps, smoothed over 2% of the run"
+            + (", thin lines for single seeds." if len(summary["seeds"]) > 1 else "."),
+        )
+    return {name: _figure(name, *one) for name, one in plans.items()}
+
+
+def _figure(name: str, plan: plots.Plan, alt: str, caption: str) -> dict:
+    from markupsafe import Markup
+
+    shapes = [Markup(plots.svg(plan, shape, name)) for shape in plots.SHAPES]
+    return {"name": name, "plan": plan, "alt": alt, "caption": caption, "shapes": shapes}
 
 
 def _curve_text(curves: Mapping[str, Sequence[dict]]) -> str:
@@ -172,14 +248,9 @@ def _curve_text(curves: Mapping[str, Sequence[dict]]) -> str:
     return f"Lines of language and alignment loss over training steps: {'; '.join(ends)}."
 
 
-def uri(png: bytes) -> str:
-    """A PNG as a data URI."""
-    return "data:image/png;base64," + base64.b64encode(png).decode()
-
-
 def _kinds(details: Mapping, arms: Sequence[str]) -> dict:
     rows = [
-        {"head": f"{task}: {kind}", "cells": [_cell(found.get(arm), "accuracy") for arm in arms], "strong": False}
+        {"head": f"{task}: {kind}", "cells": [_cell(found.get(arm), "accuracy") for arm in arms]}
         for task, kinds in details["by_kind"].items()
         for kind, found in kinds.items()
     ]
@@ -189,7 +260,7 @@ def _kinds(details: Mapping, arms: Sequence[str]) -> dict:
 def _yes_no(details: Mapping) -> dict | None:
     columns = ("f1", "precision", "recall", "yes_rate")
     rows = [
-        {"head": f"{task}: {arm}", "cells": [_cell(found[column]) for column in columns], "strong": arm == "lavender"}
+        {"head": f"{task}: {arm}", "arm": arm, "cells": [_cell(found[column]) for column in columns]}
         for task, arms in details["yes_no"].items()
         for arm, found in arms.items()
     ]
@@ -202,6 +273,12 @@ def _yes_no(details: Mapping) -> dict | None:
     }
 
 
+def _arm_of(name: str) -> str:
+    """The arm of a job: `sft-1` -> `sft`."""
+    head, _, seed = name.rpartition("-")
+    return head if head and seed.isdecimal() else name
+
+
 def _grounding(details: Mapping) -> dict | None:
     found = details["grounding"]
     if not found:
@@ -209,12 +286,12 @@ def _grounding(details: Mapping) -> dict | None:
     columns = ("pointing", "mass", "miou", "chance", "centre")
     one = next(iter(found.values()))
     return {
-        "caption": "Raw attention at the words of the right answer against the true regions. mass: share of the map "
+        "caption": "Raw attention at the words of the right answer against the true regions. Mass: share of the map "
         f"inside; mIoU: above the threshold chosen on {one['threshold_from']}; chance: a random point; centre: the "
-        "middle.",
+        "middle of the image.",
         "heads": ["maps of", "pointing", "mass inside", "mIoU", "chance", "centre"],
         "rows": [
-            {"head": name, "cells": [_cell(entry[column]) for column in columns], "strong": name == "teacher"}
+            {"head": name, "arm": _arm_of(name), "cells": [_cell(entry[column]) for column in columns]}
             for name, entry in found.items()
         ],
     }
@@ -229,44 +306,7 @@ def _words(details: Mapping) -> dict | None:
         "caption": "Pointing by kind of word.",
         "heads": ["maps of", *kinds],
         "rows": [
-            {"head": name, "cells": [_cell(entry["by_word"].get(kind)) for kind in kinds], "strong": name == "teacher"}
+            {"head": name, "arm": _arm_of(name), "cells": [_cell(entry["by_word"].get(kind)) for kind in kinds]}
             for name, entry in found.items()
         ],
     }
-
-
-def _mistakes(found: Sequence[tuple]) -> dict | None:
-    if not found:
-        return None
-    heads, rows = found[0], found[1:]
-    cells = [[{"value": text, "note": ""} for text in row[1:]] for row in rows]
-    return {
-        "caption": "The first wrong answers of the last arm in the table above, and what the others said.",
-        "heads": list(heads),
-        "rows": [{"head": row[0], "cells": cell, "strong": False} for row, cell in zip(rows, cells, strict=True)],
-    }
-
-
-def _facts(summary: Mapping, details: Mapping) -> list[tuple[str, str]]:
-    failures = "; ".join(
-        f"{arm}: {', '.join(f'{count} {why}' for why, count in found.items()) or 'none'}"
-        for arm, found in details["failures"].items()
-    )
-    facts = [
-        ("data", details["data"]),
-        ("model", details["model"]),
-        ("teacher", details["teacher"]),
-        ("seeds", ", ".join(map(str, summary["seeds"])) or "none"),
-    ]
-    for task, splits in details["tasks"].items():
-        count, images = details["questions"][task], details["images"][task]
-        facts.append((f"task {task}", f"{count} questions about {images} images of {', '.join(splits)}"))
-    facts += [(f"answers: {key}", _text(value)) for key, value in details["decoding"].items()]
-    facts.append(("outputs that could not be read", failures))
-    facts += [(f"seconds: {stage}", f"{seconds:.0f}") for stage, seconds in summary["seconds"].items()]
-    facts.append(("versions", ", ".join(f"{name} {version}" for name, version in details["versions"].items())))
-    return facts
-
-
-def _text(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
