@@ -27,26 +27,35 @@ OVERFLOW = """() => {
 # Contrast of each text with what is painted behind it (WCAG 2: 4.5, large text 3).
 CONTRAST = """() => {
   const parse = c => { const m = c.match(/[\\d.]+/g).map(Number); return [m[0], m[1], m[2], m[3] ?? 1]; };
-  const light = ([r, g, b]) => { const f = [r, g, b].map(v => v / 255)
-    .map(v => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4); return 0.2126*f[0] + 0.7152*f[1] + 0.0722*f[2]; };
-  const behind = e => { for (let at = e; at; at = at.parentElement) {
-    const c = parse(getComputedStyle(at).backgroundColor); if (c[3] > 0.99) return c; } return [255, 255, 255, 1]; };
+  const part = v => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
+  const light = rgb => [0.2126, 0.7152, 0.0722].reduce((sum, weight, i) => sum + weight * part(rgb[i] / 255), 0);
+  const behind = e => {
+    for (let at = e; at; at = at.parentElement) {
+      const colour = parse(getComputedStyle(at).backgroundColor);
+      if (colour[3] > 0.99) return colour;
+    }
+    return [255, 255, 255, 1];
+  };
   const poor = new Set();
   const walk = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
   for (let node; (node = walk.nextNode());) {
-    const e = node.parentElement;
-    if (!node.data.trim() || !e.checkVisibility() || e.closest("script, style, svg, .skip, option, [data-over]")) continue;
+    const e = node.parentElement, text = node.data.trim();
+    if (!text || !e.checkVisibility() || e.closest("script, style, svg, .skip, option")) continue;
     const style = getComputedStyle(e), a = light(parse(style.color)), b = light(behind(e));
-    const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
-    const large = parseFloat(style.fontSize) >= 24 || (parseFloat(style.fontSize) >= 18.6 && style.fontWeight >= 700);
-    if (ratio < (large ? 3 : 4.5)) poor.add(`${e.tagName}.${e.className} ${ratio.toFixed(2)}: ${node.data.trim().slice(0, 30)}`);
+    const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05), size = parseFloat(style.fontSize);
+    const enough = size >= 24 || (size >= 18.6 && style.fontWeight >= 700) ? 3 : 4.5;
+    if (ratio < enough) poor.add(`${e.tagName}.${e.className} ${ratio.toFixed(2)}: ${text.slice(0, 30)}`);
   }
   return [...poor];
 }"""
 # Buttons, links, fields and boxes that scroll must say what they are; so must pictures.
-NAMELESS = """() => [...document.querySelectorAll("button, a[href], select, input, [role=img], img, [tabindex='0'], svg:not([aria-hidden=true])")]
-  .filter(e => e.checkVisibility() && !(e.getAttribute("aria-label") || e.getAttribute("alt") || e.labels?.length
-    || e.getAttribute("aria-labelledby") || e.textContent.trim())).map(e => e.outerHTML.slice(0, 80))"""
+NAMELESS = """() => {
+  const told = "button, a[href], select, input, img, canvas, svg:not([aria-hidden=true]), [role=img], [tabindex='0']";
+  const name = e => e.getAttribute("aria-label") || e.getAttribute("alt") || e.labels?.length || e.textContent.trim()
+    || document.getElementById(e.getAttribute("aria-labelledby"))?.textContent;
+  return [...document.querySelectorAll(told)].filter(e => e.checkVisibility() && !e.closest("[aria-hidden=true]")
+    && !name(e)).map(e => e.outerHTML.slice(0, 80));
+}"""
 
 
 def executable() -> str | None:

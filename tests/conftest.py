@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from browser import chromium  # noqa: F401 (a fixture of all modules)
 
 # Before anything imports torch: several threads would change the last bits of sums and fight for the cores.
 for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):

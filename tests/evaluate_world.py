@@ -22,6 +22,7 @@ def build(root: Path) -> Config:
     """Shards the world, writes an untrained base and one run each of two arms (other random weights)."""
     from pipeline.archive import Archive
     from pipeline.archive.stage import shard
+    from pipeline.train import status
     from pipeline.world.student import build_mllama
 
     cfg = settings(root)
@@ -35,7 +36,8 @@ def build(root: Path) -> Config:
         rows = [{"step": step, "ce": 2 - step / 100, "align": 0.1 * number, "loss": 2.0} for step in range(0, 100, 10)]
         (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         files = [run / "model", run / "metrics.jsonl"]
-        receipts.write(run / "receipt.json", stage="train", settings={"arm": arm}, files=files, seconds=1.0)
+        told = status.settings(settings(root, f"arm={arm}"))
+        receipts.write(run / "receipt.json", stage="train", settings=told, files=files, seconds=1.0)
     return cfg
 
 

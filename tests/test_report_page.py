@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.report import gallery, page, plots
-from pipeline.report.overlay import enlarge, outline, overlay, png
+from pipeline.report import gallery, page, plots, theme
+from pipeline.report.overlay import encoded, enlarge, outline, overlay
 from pipeline.report.stage import _shown
 
 EVIL = '<script>alert("x")</script>'
@@ -61,24 +61,48 @@ def details():
 
 def rendered(summary, details, **more):
     curves = {"sft-1": [{"step": s, "ce": 2.0, "align": 0.0} for s in range(5)]}
-    given = {"title": EVIL, "gallery": [], "gallery_note": "", "mistakes": [], "commands": "make eval", **more}
+    given = {"title": EVIL, "commands": "make eval", "facts": [("Data", [("data set", EVIL)])], **more}
     return page.render(page.contents(summary=summary, details=details, curves=curves, **given))
 
 
 def test_sections_and_escaping(summary, details):
-    text = rendered(summary, details, mistakes=[("question", "kind", "right answer", "sft"), (EVIL, "k", "g", "no")])
+    said = [{"text": EVIL, "verdict": "wrong"}]
+    row = {"picture": None, "question": EVIL, "kind": "k", "gold": "g", "said": said}
+    mistakes = {"arms": ["sft"], "wrong": 1, "asked": 2, "lost": 0, "rows": [row]}
+    text = rendered(summary, details, mistakes=mistakes)
     assert EVIL not in text
     assert text.count("&lt;script&gt;alert") >= 4
-    for section in ("results", "kinds", "grounding", "training", "mistakes", "facts"):
-        assert f'id="{section}"' in text
-    assert 'id="gallery"' not in text
+    for section in ("results", "kinds", "grounding", "training", "mistakes", "facts", "repeat"):
+        assert f'<section id="{section}"' in text
+    assert '<section id="gallery"' not in text
+    assert '<section id="published"' not in text
     assert "lavender against sft: better (+10.0 points [+1.0, +20.0]) on test." in text
-    assert "mine against sft: not distinguishable (-1.0 points" in text
+    assert "mine against sft: not distinguishable (−1.0 points" in text
     assert "over seeds and examples, 2 seeds" in text
     assert "not measured" in text
     assert "yes rate" in text
     for value in re.findall(r'(?:src|href|srcset)="([^"]*)"', text):
         assert value.startswith(("data:", "#"))
+    used = re.findall(r'(?:href="#|url\(#|aria-labelledby=")([\w-]+)', text)
+    names = re.findall(r' id="([^"]+)"', text)
+    assert set(used) <= set(names)
+    assert len(names) == len(set(names)), "two figures share an identifier"
+
+
+def test_every_value_has_its_interval_and_count(summary, details):
+    text = rendered(summary, details)
+    values = re.findall(r"<b>[−+]?\d\.\d{3}</b>(.{0,120})", text, re.DOTALL)
+    assert len(values) > 10
+    assert all(re.search(r"\[[−+]?\d\.\d+, [−+]?\d\.\d+\].*n = \d+", after, re.DOTALL) for after in values)
+
+
+def test_verdicts_say_what_the_intervals_say(summary):
+    (one,) = page.verdicts(summary, ["test", "ood"])
+    assert (one["state"], one["verdict"], one["change"]) == ("better", "a real gain", "+10.0 points")
+    summary["paired"]["arms"]["lavender"]["test"] = change(-0.1, True)
+    assert page.verdicts(summary, ["test"])[0]["state"] == "worse"
+    summary["paired"]["arms"]["lavender"]["test"] = change(0.1, False)
+    assert page.verdicts(summary, ["test"])[0]["state"] == "even"
 
 
 def test_nothing_to_compare(summary, details):
@@ -89,11 +113,46 @@ def test_nothing_to_compare(summary, details):
     assert "nothing to compare with yet" in rendered(summary, details)
 
 
-def test_every_look_differs_and_fits(summary):
-    drawn = {look.name: plots.results(summary, ["test", "ood"], look) for look in plots.LOOKS}
-    assert len(set(drawn.values())) == 4
-    arms = list(summary["arms"])
-    assert len({plots.Look().colour(arm, arms) for arm in [*arms, "another"] if arm in arms}) == 4
+def test_figures_take_their_colours_from_the_page(summary):
+    plan = plots.results(summary, ["test", "ood"])
+    drawn = {shape: plots.svg(plan, shape, "results") for shape in plots.SHAPES}
+    widths = [float(re.search(r'viewBox="0 0 ([\d.]+)', text)[1]) for text in drawn.values()]
+    assert widths == sorted(widths, reverse=True)
+    for text in drawn.values():
+        assert set(re.findall(r"#[0-9a-f]{6}\b", text)) == set()
+        assert {f"var(--{name})" for name in ("ink", "soft", "arm-sft", "arm-lavender")} <= set(
+            re.findall(r"var\([\w-]+\)", text)
+        )
+        assert ">lavender</text>" in text
+        assert "font-family" not in text
+    assert plots.svg(plan, "wide", "results") == drawn["wide"]
+    assert plots.png(plan).startswith(b"\x89PNG")
+
+
+def test_a_difference_is_filled_only_if_it_is_real(summary):
+    circles = {
+        real: plots.svg(plots.changes({**summary, "paired": paired(real)}, ["test"]), "wide", "c").count("var(--paper)")
+        for real in (True, False)
+    }
+    assert circles[False] > circles[True] == 0
+
+
+def paired(real):
+    return {"reference": "sft", "covers": "examples", "arms": {"lavender": {"test": change(0.1, real)}}}
+
+
+def test_arms_have_colours_of_their_own():
+    arms = ["base", "sft", "lavender", "mine", "yours", "a"]
+    assert len({theme.token(arm, arms) for arm in arms}) == len(arms)
+    light = [pair[0] for pair in theme.TOKENS.values()]
+    assert len(light) == len(set(light)), "a figure could not tell two tokens apart"
+
+
+def test_training_curves_of_seeds_have_a_mean():
+    curves = {f"sft-{seed}": [{"step": step, "ce": 2.0 + seed, "align": None} for step in (1, 2, 3)] for seed in (1, 2)}
+    drawn = plots.svg(plots.training(curves), "wide", "training")
+    assert drawn.count("stroke: var(--arm-sft)") == 4  # two seeds, their mean, the key
+    assert "alignment loss" not in drawn
 
 
 def test_overlay_is_bright_where_the_map_is():
@@ -111,7 +170,7 @@ def test_overlay_is_bright_where_the_map_is():
     assert enlarge(image, 160).size == (160, 80)
     flat = np.asarray(overlay(image, np.ones((32, 32)), side=64))
     assert (flat == flat[0, 0]).all()
-    assert len(png(image, colours=16)) < 1000
+    assert len(encoded(image, colours=16)) < 1000
 
 
 def test_mistakes_show_what_was_lost_first():
@@ -120,11 +179,14 @@ def test_mistakes_show_what_was_lost_first():
 
     sft = {"a": row(False), "b": row(True, "g"), "c": row(True, "g")}
     lavender = {"a": row(False), "b": row(False, "x" * 200), "c": row(True, "g")}
-    found = gallery.mistakes({"sft": sft, "lavender": lavender})
-    assert found[0][-2:] == ("sft", "lavender")
-    assert [line[3] for line in found[1:]] == ["g (right)", "no (wrong)"]
-    assert len(found[1][4]) < 100
-    assert gallery.mistakes({"sft": {"c": row(True)}}) == []
+    found = gallery.mistakes({"sft": sft, "lavender": lavender}, lambda uid: None)
+    assert (found["arms"], found["wrong"], found["asked"], found["lost"]) == (["sft", "lavender"], 2, 3, 1)
+    assert [[said["verdict"] for said in row["said"]] for row in found["rows"]] == [
+        ["right", "wrong"],
+        ["wrong", "wrong"],
+    ]
+    assert len(found["rows"][0]["said"][1]["text"]) < 100
+    assert gallery.mistakes({"sft": {"c": row(True)}}, lambda uid: None) is None
 
 
 def test_words_of_the_gallery():
@@ -142,8 +204,9 @@ def test_words_of_the_gallery():
 
 def test_arms_of_the_gallery():
     jobs = [{"arm": arm, "name": name} for arm, name in (("base", "base"), ("sft", "sft-1"), ("sft", "sft-2"))]
-    assert _shown(jobs, "sft", 2) == [("base", "base"), ("sft", "sft-1")]
+    base, sft, lavender = ("base", "base"), ("sft", "sft-1"), ("lavender", "lavender-1")
+    assert _shown(jobs, "sft", 2) == [base, sft]
     jobs += [{"arm": arm, "name": f"{arm}-1"} for arm in ("shuffled", "lavender", "oracle")]
-    assert _shown(jobs, "sft", 2) == [("sft", "sft-1"), ("lavender", "lavender-1")]
-    assert _shown(jobs, "sft", 3)[-1] == ("lavender", "lavender-1")
-    assert _shown(jobs[:1], "base", 2) == [("base", "base")]
+    assert _shown(jobs, "sft", 2) == [base, sft, lavender]
+    assert _shown(jobs, "sft", 3) == [base, sft, ("shuffled", "shuffled-1"), lavender]
+    assert _shown(jobs[:1], "base", 2) == [base]

@@ -103,7 +103,7 @@ def verdicts(summary: Mapping, tasks: Sequence[str]) -> list[dict]:
                 "state": state,
                 "change": f"{_signed(100 * change['difference'], 1)} points",
                 "interval": f"[{_signed(lo, 1)}, {_signed(hi, 1)}], n = {change['n']:,}",
-                "verdict": {"even": "no real difference", "better": "really better", "worse": "really worse"}[state],
+                "verdict": {"even": "no real difference", "better": "a real gain", "worse": "a real loss"}[state],
                 "from": f"{arm} {now[key]:.3f}, {reference} {then[key]:.3f}",
             }
         )

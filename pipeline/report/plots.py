@@ -148,6 +148,9 @@ def changes(summary: Mapping, tasks: Sequence[str]) -> Plan | None:
     if not panels:
         return None
     arms = list(summary["arms"])
+    # One scale for all, so that differences can be compared by eye.
+    known = [paired["arms"][arm][what]["ci95"] for arm in named for what in panels if what in paired["arms"][arm]]
+    ends = min(0, *(lo for lo, _ in known)), max(0, *(hi for _, hi in known))
 
     def plan(shape: str):
         rows, columns = _grid_of(len(panels), shape)
@@ -155,7 +158,8 @@ def changes(summary: Mapping, tasks: Sequence[str]) -> Plan | None:
         def paint(axes) -> None:
             for number, (panel, what) in enumerate(zip(axes, panels, strict=False)):
                 found = [(arm, paired["arms"][arm].get(what)) for arm in named]
-                _points(panel, [(arm, entry and entry["difference"], entry) for arm, entry in found], arms, signed=True)
+                rows = [(arm, entry and entry["difference"], entry) for arm, entry in found]
+                _points(panel, rows, arms, signed=True, span=ends)
                 panel.axvline(0, color=INK, linewidth=1, zorder=0.5)
                 panel.set_title(f"{what}, minus {paired['reference']}")
                 if number % columns:
@@ -167,15 +171,19 @@ def changes(summary: Mapping, tasks: Sequence[str]) -> Plan | None:
     return plan
 
 
-def _points(panel, found: Sequence[tuple[str, float | None, Mapping | None]], arms: Sequence[str], signed: bool):
+def _points(
+    panel,
+    found: Sequence[tuple[str, float | None, Mapping | None]],
+    arms: Sequence[str],
+    signed: bool,
+    span: tuple[float, float] | None = None,
+) -> None:
     """One line for each arm: its name, its value as a point with the interval, and the number."""
     known = [entry for _, _, entry in found if entry]
-    low, high = min(entry["ci95"][0] for entry in known), max(entry["ci95"][1] for entry in known)
-    if signed:
-        low, high = min(low, 0), max(high, 0)
-    elif low < 0.35:
+    low, high = span or (min(entry["ci95"][0] for entry in known), max(entry["ci95"][1] for entry in known))
+    if not signed and low < 0.35:
         low = 0
-    span = max(high - low, 0.02)
+    width = max(high - low, 0.02)
     for place, (arm, value, entry) in enumerate(found):
         panel.axhline(place, color=LINE, linewidth=0.8, zorder=0)
         if entry is None:
@@ -185,11 +193,11 @@ def _points(panel, found: Sequence[tuple[str, float | None, Mapping | None]], ar
         panel.plot(entry["ci95"], (place, place), color=tone, linewidth=3.2, alpha=0.45)
         sure = not signed or entry["real"]
         panel.plot([value], [place], "o", color=tone, markersize=8, markeredgewidth=2, mfc=tone if sure else PAPER)
-        text = f"{value:+.3f}" if signed else f"{value:.3f}"
+        text = f"{value:+.3f}".replace("-", "−") if signed else f"{value:.3f}"
         panel.annotate(text, (value, place), (0, 7), textcoords="offset points", ha="center", va="bottom")
     panel.set_yticks(range(len(found)), [arm for arm, _, _ in found])
     panel.set_ylim(len(found) - 0.4, -0.75)
-    panel.set_xlim(low - 0.06 * span, high + 0.08 * span)
+    panel.set_xlim(low - 0.06 * width, high + 0.08 * width)
     panel.locator_params(axis="x", nbins=5)
     panel.tick_params(axis="x", length=3)
 

@@ -199,11 +199,8 @@ class _Pictures:
         drawn = f"{len(self.words)} words of right answers, drawn by a hash of their names and not picked. "
         students = "The students' maps are raw attention, mean over heads and layers."
         if self.measured:
-            return (
-                f"{drawn}Bright is where the attention lies, the white line is the true region; a hit has its "
-                "brightest point inside. The change is that of the share inside the region, from one student to the other. "
-                + students
-            )
+            hit = "Bright is where the attention lies, the white line is the true region; a hit has its peak inside. "
+            return f"{drawn}{hit}The change is that of the share inside the region, between two students. {students}"
         like = "The change is that of the correlation (r) with the teacher's map. " if self.teacher else ""
         bright = "Bright is where the attention lies; the true regions of these data are not known. "
         return drawn + bright + like + students
