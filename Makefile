@@ -13,9 +13,14 @@ MODEL ?=
 ARM ?=
 SEED ?=
 ARGS ?=
-# `make demo` only.
+# `make demo` and `make eval`: how many seeds, which arms, CONTROLS=1, further models or adapters (name=folder,...).
 SEEDS ?=
 ARMS ?=
+CONTROLS ?=
+STUDENTS ?=
+# `make eval` and `make report`: another suite of conf/eval (lmms, paper20, vlmevalkit, pope, ...) and its tasks.
+SUITE ?=
+TASKS ?=
 
 # Installed without compiled files, which takes half the time; so Python must be free to keep what it compiles.
 unexport PYTHONDONTWRITEBYTECODE
@@ -31,6 +36,10 @@ FIND_PYTHON = for p in python3.11 python3.12 python3.13 python3 python; do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && exit 0; done; \
 	echo "error: no Python >= 3.11 with venv found: install one (Debian: python3 python3-venv)" >&2; exit 2
 
+LMMS := .venv-lmms
+CHOSEN = $(if $(SEEDS),--seeds '$(SEEDS)') $(if $(ARMS),--arms '$(ARMS)') $(if $(CONTROLS),--controls) \
+	$(if $(STUDENTS),--students '$(STUDENTS)')
+SUITED = $(if $(SUITE),'eval=$(SUITE)') $(if $(TASKS),'eval.harness_tasks=[$(TASKS)]')
 SETTINGS = $(if $(DATA),'data=$(DATA)') $(if $(TEACHER),'teacher=$(TEACHER)') $(if $(MODEL),'model=$(MODEL)') \
 	$(if $(ARM),'arm=$(ARM)') $(if $(SEED),'seed=$(SEED)') $(ARGS)
 CHAIN = @$(PYTHON) -m stages.chain
@@ -48,7 +57,7 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(READY)  ## the whole chain on the embedded world, with a result table [SEEDS=5] [ARMS=sft,lavender,shuffled,oracle]
-	$(CHAIN) demo $(if $(SEEDS),--seeds '$(SEEDS)') $(if $(ARMS),--arms '$(ARMS)') $(SETTINGS)
+	$(CHAIN) demo $(CHOSEN) $(SETTINGS)
 
 shard: $(READY)  ## examples of DATA into shards/<data>/examples/
 	$(CHAIN) shard $(SETTINGS)
@@ -59,11 +68,19 @@ precompute: $(READY)  ## word maps of TEACHER into shards/<data>/maps/<teacher>/
 train: $(READY)  ## MODEL with ARM and SEED into runs/<model>/<data>/<arm>-<seed>/
 	$(CHAIN) train $(SETTINGS)
 
-eval: $(READY)  ## base against every trained arm; trains sft and lavender first if they are missing
-	$(CHAIN) eval $(SETTINGS)
+eval: $(READY) $(if $(filter lmms paper20,$(SUITE)),$(LMMS)/.ready)  ## base against every trained arm [CONTROLS=1] [STUDENTS=mine=DIR] [SUITE=lmms TASKS=ai2d,mmmu_val]
+	$(CHAIN) eval $(CHOSEN) $(SUITED) $(SETTINGS)
+
+# lmms-eval beside the packages of $(VENV), which it sees and must not change: so no dependencies but the listed ones.
+$(LMMS)/.ready: requirements-lmms.txt | $(READY)
+	@echo "environment of lmms-eval, into $(LMMS)" && rm -rf $(LMMS) && $(PYTHON) -m venv --without-pip $(LMMS) && \
+	$(PYTHON) -c 'import sysconfig; own = sysconfig.get_path("purelib"); print("import site; site.addsitedir(%r)" % own)' \
+		> "$$($(LMMS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/lavender.pth" && \
+	$(LMMS)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps -r $<
+	@touch $@
 
 report: $(READY)  ## one HTML page with tables, curves and attention maps
-	$(CHAIN) report $(SETTINGS)
+	$(CHAIN) report $(CHOSEN) $(SUITED) $(SETTINGS)
 
 world: $(READY)  ## train the bundled tiny teacher and student again (some 40 minutes) [ARGS="--out DIR --only teacher"]
 	@$(PYTHON) -m pipeline.world $(ARGS)

@@ -10,7 +10,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
@@ -32,7 +32,9 @@ STATUS = {  # stage -> the module whose `up_to_date(cfg)` reads its receipts
 }
 STAGES = tuple(STATUS)
 DEMO_DIR = "runs/demo"
+BASE = "base"
 COMPARED = ("sft", "lavender")  # what `eval`, `report` and `demo` train when no arms are named
+CONTROLS = ("shuffled", "centre", "oracle")
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,9 @@ class Plan:
     def stages(self) -> tuple[str, ...]:
         last = STAGES.index("report" if self.target == "demo" else self.target)
         needed = STAGES[: last + 1]
+        if self.target in ("eval", "report") and not self.arms:  # nothing to train; a harness brings its own examples
+            unneeded = ("train", "precompute", *(["shard"] if self.cfg.eval.suite else []))
+            return tuple(stage for stage in needed if stage not in unneeded)
         if self.target == "train" and not any(arm.uses_maps for arm in self.arms.values()):
             return tuple(stage for stage in needed if stage != "precompute")
         return needed
@@ -77,12 +82,21 @@ class Plan:
         ]
 
 
-def plan(target: str, overrides: Sequence[str], seeds: int | None = None, arms: Sequence[str] | None = None) -> Plan:
+def plan(
+    target: str,
+    overrides: Sequence[str],
+    seeds: int | None = None,
+    arms: Sequence[str] | None = None,
+    controls: bool = False,
+    students: Mapping[str, str] | None = None,
+) -> Plan:
     """Composes the settings of a target.
 
     Args:
-        seeds: train seeds 1 to this number (demo); None takes `seed` alone.
+        seeds: train seeds 1 to this number; None takes `seed` alone.
         arms: names in `conf/arm`; None takes the arm of the settings for `train`, else `eval.arms` or the usual two.
+        controls: the controls as well; `oracle` where the data knows regions.
+        students: name -> directory of further models or adapters to evaluate; without `arms` these and the base alone.
     """
     overrides = [override for override in overrides if override]
     if target == "demo":
@@ -90,13 +104,24 @@ def plan(target: str, overrides: Sequence[str], seeds: int | None = None, arms: 
     cfg = compose(overrides)
     if target == "train":
         return Plan(target, cfg, tuple(overrides), {cfg.arm.name: Arm(cfg, tuple(overrides))}, (cfg.seed,))
-    names = list(arms or cfg.eval.arms or COMPARED)
+    alone = (students or cfg.eval.suite == "vlmevalkit") and not controls
+    names = [name for name in arms or cfg.eval.arms or (() if alone else COMPARED) if name != BASE]
+    if controls:
+        names += [name for name in CONTROLS if name not in names and (name != "oracle" or _has_regions(cfg))]
     numbers = tuple(range(1, seeds + 1)) if seeds else tuple(cfg.eval.seeds) or (cfg.seed,)
+    overrides += [f"+eval.students.{name}={path}" for name, path in (students or {}).items()]
+    if target != "demo" and (arms or students):
+        overrides.append(f"eval.arms=[{','.join(names or [BASE])}]")
+        cfg = compose(overrides)
     if target == "demo":
         # named, so that arms of an earlier and larger demo stay out of this table
         overrides += [f"eval.arms=[{','.join(names)}]", f"eval.seeds=[{','.join(map(str, numbers))}]"]
         cfg = compose(overrides)
     return Plan(target, cfg, tuple(overrides), {name: _arm(name, overrides) for name in names}, numbers)
+
+
+def _has_regions(cfg: Config) -> bool:
+    return cfg.data.kind == "world"
 
 
 def _arm(name: str, overrides: Sequence[str]) -> Arm:
@@ -148,7 +173,7 @@ def _tell(work: Plan, clock: results.Seconds, ran: set[str]) -> None:
     if work.target == "demo":
         results.keep(summary, Path(work.cfg.runs_dir) / "summary.json")
     if "eval" not in ran:
-        tasks = [task for task in work.cfg.eval.tasks if any(task in arm for arm in summary["arms"].values())]
+        tasks = list(dict.fromkeys(what for arm in summary["arms"].values() for what in arm if what != "pointing"))
         print(table(summary, tasks))
     if "report" in set(work.stages) - ran:
         print(f"report: {Layout(work.cfg).report_dir / 'index.html'}")
@@ -181,10 +206,21 @@ def _command(argv: Sequence[str] | None) -> int:
     parser = _Parser(prog="stages.chain", description=__doc__.splitlines()[0])
     parser.add_argument("target", choices=(*STAGES, "demo"))
     parser.add_argument("overrides", nargs="*", metavar="name=value", help="Hydra overrides")
-    parser.add_argument("--seeds", help="demo: train seeds 1..N")
-    parser.add_argument("--arms", help="demo: names in conf/arm, with commas between")
+    parser.add_argument("--seeds", help="train seeds 1..N")
+    parser.add_argument("--arms", help="names in conf/arm, with commas between")
+    parser.add_argument("--controls", action="store_true", help="the control arms as well")
+    parser.add_argument("--students", help="NAME=DIRECTORY of models or adapters to evaluate, with commas between")
     args = parser.parse_intermixed_args(argv)
-    return walk(plan(args.target, args.overrides, _count(args.seeds), _names(args.arms)))
+    seeds, arms, students = _count(args.seeds), _names(args.arms), _directories(args.students)
+    return walk(plan(args.target, args.overrides, seeds, arms, args.controls, students))
+
+
+def _directories(text: str | None) -> dict[str, str]:
+    pairs = [pair.strip().partition("=") for pair in (text or "").split(",") if pair.strip()]
+    for name, _, path in pairs:
+        if not name.isidentifier() or not path:
+            raise UserError(f"STUDENTS={text}: give name=directory with commas between; names of letters, digits and _")
+    return {name: path for name, _, path in pairs}
 
 
 def _names(arms: str | None) -> list[str] | None:

@@ -53,6 +53,27 @@ def test_the_demo_trains_every_arm_with_every_seed_in_its_own_folder():
     assert (work.cfg.eval.arms, work.cfg.eval.seeds) == (["sft", "oracle"], [1, 2])
 
 
+def test_controls_and_students_of_an_evaluation():
+    names = [job.name for _, job in chain.plan("eval", [], controls=True).steps("train")]
+    assert names == [f"{arm}-1" for arm in ("sft", "lavender", "shuffled", "centre", "oracle")]
+    no_regions = chain.plan("eval", ["data=easy_vqa"], arms=["sft"], controls=True)
+    assert list(no_regions.arms) == ["sft", "shuffled", "centre"]
+    alone = chain.plan("eval", [], students={"mine": "/some/where"})
+    assert (alone.stages, alone.cfg.eval.arms) == (("shard", "eval"), ["base"])
+    assert alone.cfg.eval.students == {"mine": "/some/where"}
+    both = chain.plan("eval", [], arms=["sft"], students={"mine": "/some/where"})
+    assert (both.cfg.eval.arms, list(both.arms)) == (["sft"], ["sft"])
+    assert chain._directories("a=/x, b=/y") == {"a": "/x", "b": "/y"}
+    for wrong in ("a", "=/x", "a b=/x"):
+        with pytest.raises(UserError, match="name=directory"):
+            chain._directories(wrong)
+
+
+def test_a_harness_needs_arms_and_no_examples_of_ours():
+    assert chain.plan("eval", ["eval=lmms"]).stages == ("shard", "precompute", "train", "eval")
+    assert chain.plan("eval", ["eval=vlmevalkit"]).stages == ("eval",)
+
+
 def test_settings_of_the_alignment_leave_plain_fine_tuning_alone():
     work = chain.plan("eval", ["arm.lam=2", "arm=oracle", "seed=4"])
     found = {job.name: cfg.arm.lam for cfg, job in work.steps("train")}

@@ -8,8 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.evaluate.questions import Question, batches
-from pipeline.evaluate.scoring import Score, score
+from pipeline.evaluate.questions import BLIND, Question, batches
+from pipeline.evaluate.scoring import Score, Scorer
 
 if TYPE_CHECKING:
     from pipeline.archive import Archive
@@ -26,6 +26,7 @@ def answer(
     batch: int,
     max_new_tokens: int,
     advance: Callable[[int], object] = lambda count: None,
+    scorers: Mapping[str, str] | None = None,
 ) -> list[dict]:
     """Asks every question of every task and returns one row for each, in the tasks' order.
 
@@ -36,7 +37,12 @@ def answer(
         archives: by split. tasks: name -> questions. settings: recorded in every row.
         partial: file of finished rows; the caller names it after everything that decides them.
         advance: called with the number of questions finished.
+        scorers: task -> the rule for all of its questions; a task without one has each scored by its kind.
     """
+    rules = {
+        name: Scorer((scorers or {}).get(name.removesuffix(BLIND), ""), (q.answers for q in found))
+        for name, found in tasks.items()
+    }
     done = {row["uid"]: row for row in read_rows(partial)}
     task_of = {q.uid: name for name, found in tasks.items() for q in found}
     everything = [q for found in tasks.values() for q in found]
@@ -48,10 +54,11 @@ def answer(
             if not all(q.uid in done for q in part):
                 outputs = generate(student, archives, part, max_new_tokens)
                 for question, (raw, ended, problem) in zip(part, outputs, strict=True):
-                    found = score(question.kind, raw, question.gold, ended)
+                    task = task_of[question.uid]
+                    found = rules[task](question.kind, raw, question.answers, ended)
                     if problem:
                         found = Score("", False, found.scorer, problem)
-                    row = _row(task_of[question.uid], question, raw, found, settings)
+                    row = _row(task, question, raw, found, settings)
                     done[question.uid] = row
                     out.write(json.dumps(row, ensure_ascii=False) + "\n")
                 out.flush()
@@ -72,8 +79,10 @@ def _row(task: str, question: Question, raw: str, found: Score, settings: Mappin
         "raw": raw,
         "answer": found.answer,
         "correct": found.correct,
+        "score": round(found.value, 6),
         "failure": found.failure,
         "scorer": found.scorer,
+        "judge": "none",
         "settings": dict(settings),
     }
 

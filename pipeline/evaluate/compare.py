@@ -55,8 +55,13 @@ def grid(rows_by_seed: Mapping[int | None, Sequence[dict]], value: str, keep=lam
         if names is not None and uids != names:
             raise UserError(f"seeds {seeds[0]} and {seed} were asked different questions: evaluate both again")
         names, clusters = uids, tuple(row["cluster"] for row in rows)
-        columns.append([float(row[value]) for row in rows])
+        columns.append([_measured(row, value) for row in rows])
     return Grid(seeds, np.array(columns), names, clusters) if names else None
+
+
+def _measured(row: dict, value: str) -> float:
+    """An answer counts with its score, which scorers other than right and wrong give; older rows have none."""
+    return float(row.get("score", row[value]) if value == "correct" else row[value])
 
 
 def interval(cells: Grid | None) -> Interval | None:

@@ -7,11 +7,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from pipeline.evaluate.scoring import normalise
+
 if TYPE_CHECKING:
     from pipeline.archive import Archive
     from pipeline.examples import Example
 
 OTHER = "other"
+BLIND = " blind"  # ends the name of a task that is asked without the image
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,7 @@ class Question:
         cluster: the image's digest: questions with the same image are not independent.
         group: what results are broken down by: the kind, or what the source names (a country, say).
         blind: asked without the image.
+        golds: further right answers, where the source knows several.
     """
 
     uid: str
@@ -38,6 +42,12 @@ class Question:
     cluster: str
     group: str = ""
     blind: bool = False
+    golds: tuple[str, ...] = ()
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """Every right answer, the one of the conversation first; the same answer given by several people stays."""
+        return self.golds or (self.gold,)
 
     def without_image(self) -> Question:
         """The same question asked blind, under a name of its own."""
@@ -47,19 +57,23 @@ class Question:
 def questions(example: Example, split: str, index: int, exclude: Sequence[str] = ()) -> list[Question]:
     """Questions of one example: every assistant turn that answers a user turn and is not of an excluded kind.
 
-    Kinds come from ``meta.turns`` (``[{"turn", "kind", "group"}, ...]``, the group being optional); a turn that it does
-    not name is of kind "other".
+    Kinds come from ``meta.turns`` (``[{"turn", "kind", "group", "answers"}, ...]``, the last two being optional); a
+    turn that it does not name is of kind "yesno" where the right answer is yes or no, else "other".
     """
     told = {item["turn"]: item for item in example.meta.get("turns", ())}
     cluster = hashlib.sha256(example.image).hexdigest()[:12] if example.image else f"{split}/{example.key}"
     found = []
     for turn, (before, answer) in enumerate(zip(example.turns, example.turns[1:], strict=False), start=1):
-        kind = told.get(turn, {}).get("kind", OTHER)
+        mine = told.get(turn, {})
+        kind = mine.get("kind") or ("yesno" if normalise(answer.text) in ("yes", "no") else OTHER)
         if answer.role != "assistant" or before.role != "user" or kind in exclude:
             continue
         uid = f"{split}/{example.key}:{turn}"
-        group = told.get(turn, {}).get("group", kind)
-        found.append(Question(uid, split, index, example.key, turn, kind, before.text, answer.text, cluster, group))
+        golds = tuple(map(str, mine.get("answers", ())))
+        group = mine.get("group", kind)
+        found.append(
+            Question(uid, split, index, example.key, turn, kind, before.text, answer.text, cluster, group, golds=golds)
+        )
     return found
 
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+
+from pipeline.evaluate.graded import CiderD, anls, vqa_accuracy
 
 EXACT = "exact-1"
 LIST = "set-1"
 YESNO = "yesno-1"
 CHOICE = "choice-1"
+ANLS, VQA, CIDER = "anls-1", "vqa-1", "cider-d-1"
 YES_NO = ("pope", "yesno")  # kinds of question whose answer is yes or no
 
 
@@ -18,12 +22,18 @@ class Score:
     """What was understood of an output (``answer``), whether it is right, and why nothing could be understood.
 
     ``failure`` is empty where the output could be read; else the answer counts as wrong AND as a parse failure.
+    ``grade`` is what a scorer between right and wrong gives; without it ``value`` is 1 or 0.
     """
 
     answer: str
     correct: bool
     scorer: str
     failure: str = ""
+    grade: float | None = None
+
+    @property
+    def value(self) -> float:
+        return float(self.correct) if self.grade is None else self.grade
 
 
 def normalise(text: str) -> str:
@@ -47,7 +57,7 @@ def score(kind: str, raw: str, gold: str, ended: bool = True) -> Score:
     everything else is exact match after ``normalise``. An output that is empty, or still running at the longest
     length allowed, is a parse failure and is wrong.
     """
-    rule = {"list": _score_list, "pope": _score_yesno, "choice": _score_choice}.get(kind, _score_exact)
+    rule = RULES.get(kind, _score_exact)
     found = rule(raw, gold)
     if found.failure:
         return found
@@ -86,3 +96,32 @@ def _score_choice(raw: str, gold: str) -> Score:
         return Score("", False, CHOICE, "several letters" if letters else "no letter")
     letter = letters.pop()
     return Score(letter, letter == gold.strip().upper(), CHOICE)
+
+
+RULES = {"list": _score_list, "pope": _score_yesno, "choice": _score_choice, "exact": _score_exact}
+GRADED = {"anls": ANLS, "vqa": VQA, "cider": CIDER}
+SCORERS = (*RULES, *GRADED)
+VERSIONS = {"exact": EXACT, "list": LIST, "pope": YESNO, "choice": CHOICE, **GRADED}
+
+
+class Scorer:
+    """The rule of one task.
+
+    Args:
+        name: one of ``SCORERS`` for every question of the task; empty: each by its kind.
+        golds: the gold answers of every question of the task, which CIDEr-D weighs words by.
+    """
+
+    def __init__(self, name: str, golds: Iterable[Sequence[str]]):
+        self.name = name
+        grades: dict[str, Callable[[str, Sequence[str]], float]] = {"anls": anls, "vqa": vqa_accuracy}
+        self._grade = CiderD(golds) if name == "cider" else grades.get(name)
+
+    def __call__(self, kind: str, raw: str, golds: Sequence[str], ended: bool) -> Score:
+        """Scores one output: against the first gold answer by rules of right and wrong, against all by the others."""
+        if self._grade is None:
+            return score(self.name or kind, raw, golds[0], ended)
+        answer = " ".join(raw.split())
+        failure = "" if answer else "empty"
+        grade = 0.0 if failure else self._grade(answer, golds)
+        return Score(answer, grade >= 1, VERSIONS[self.name], failure, grade)

@@ -149,7 +149,9 @@ def _student(cfg: Config, job: Job, folder: Path, name: str, device: str, advanc
     student = arms.load(cfg, status.run_of(cfg, job), device)
     partial = folder / f"answers-{name[:12]}.part"
     ev = cfg.eval
-    rows = answer(student, archives, asked, status.decoding(cfg), partial, ev.batch, ev.max_new_tokens, advance)
+    rows = answer(
+        student, archives, asked, status.decoding(cfg), partial, ev.batch, ev.max_new_tokens, advance, ev.scorers
+    )
     write_rows(folder / "per_sample.jsonl", rows)
     looks = student_looks(student, ask(archives, pointed), ev.point_batch)
     files = [folder / "per_sample.jsonl", *looks.save(folder)]

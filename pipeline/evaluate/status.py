@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from pipeline import receipts
 from pipeline.errors import UserError
 from pipeline.evaluate import arms, scoring
+from pipeline.evaluate.questions import BLIND
 from pipeline.layout import Layout
 
 if TYPE_CHECKING:
@@ -18,7 +19,6 @@ RECEIPT = "receipt.json"
 SUMMARY = "summary.json"
 DETAILS = "details.json"
 TEACHER = "teacher"
-BLIND = " blind"  # ends the name of a task that is asked without the image
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,7 @@ def splits(cfg: Config) -> list[str]:
 
 def decoding(cfg: Config) -> dict:
     """The settings that every answer records; arms that differ in one of them cannot be compared."""
+    own = {"task_scorers": {task: scoring.VERSIONS[name] for task, name in cfg.eval.scorers.items()}}
     return {
         "decoding": "greedy",
         "max_new_tokens": cfg.eval.max_new_tokens,
@@ -84,6 +85,7 @@ def decoding(cfg: Config) -> dict:
         "scorers": [scoring.EXACT, scoring.LIST, scoring.YESNO, scoring.CHOICE],
         "dtype": cfg.model.dtype,
         "model": cfg.model.name,
+        **(own if cfg.eval.scorers else {}),
     }
 
 
@@ -99,6 +101,7 @@ def settings(cfg: Config, job: Job) -> dict:
         "point_task": ev.point_task,
         "point_exclude_kinds": list(ev.point_exclude_kinds),
         "val_split": ev.val_split,
+        **({"point_unit": ev.point_unit} if ev.point_unit != "word" else {}),
     }
     if not job.arm:
         from dataclasses import asdict
