@@ -13,7 +13,7 @@ from student_models import KINDS, build_student
 from pipeline.errors import UserError
 from pipeline.examples import Example, Turn
 from pipeline.student.batch import IGNORED, EncodeError
-from pipeline.student.capture import AttentionTap, student_maps
+from pipeline.student.capture import AttentionTap, Call, student_maps
 from pipeline.student.load import load_student
 from pipeline.student.planes import SIDE, Planes, latent_maps, project, project_latents
 
@@ -83,6 +83,9 @@ class Eager:
             index: self.kept[module][words.row_batch, :, words.row_pos].float() for index, module in self.layers.items()
         }
 
+    def calls(self, words):
+        return {index: Call(None, None, None, None, 1.0, rows) for index, rows in self.maps().items()}
+
     def relayed(self):
         return self.family.through([self.kept[module].float().mean(1) for module in self.relays])
 
@@ -122,6 +125,10 @@ def test_tap_changes_no_logits_and_rows_equal_eager(student, examples, train):
             found, maps = tap.maps(), student_maps(tap, batch)
             tap.rows(None)
             assert torch.equal(student.model(**batch.inputs).logits, plain)
+        with AttentionTap(student.model, student.family) as tap:  # the rows said after the forward
+            for other in (student.family.encode(examples[1:], train=train), batch):
+                student.model(**other.inputs)
+            torch.testing.assert_close(student_maps(tap, batch), maps, atol=1e-5, rtol=1e-5)
         assert torch.equal(student.model(**batch.inputs).logits, plain)
         eager = Eager(student, batch)
     for index, rows in eager.maps().items():

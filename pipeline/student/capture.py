@@ -118,9 +118,10 @@ class AttentionTap:
             _switch(model, config, NAME)
         for index, module in tapped.items():
             module.lavender_tap = (self, index)
-        # On the innermost model that holds the layers: PEFT and wrappers pass by the hooks of the outer ones, and a
-        # checkpointed layer that runs again in backward passes by this one.
-        self._hook = _holder(model, next(iter(self.layers.values()))).register_forward_pre_hook(self._begin)
+        # On what runs first: a relay, or else the innermost model that holds the layers. PEFT and wrappers pass by the
+        # hooks of the outer ones, and a checkpointed layer that runs again in backward passes by this one.
+        first = next(iter(self.relays.values()), None) or _holder(model, next(iter(self.layers.values())))
+        self._hook = first.register_forward_pre_hook(self._begin)
 
     def rows(self, words: WordRows | None) -> None:
         """Sets the rows that forwards read from now on and forgets the last ones; None reads nothing.
