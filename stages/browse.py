@@ -17,9 +17,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_intermixed_args(argv)
 
     def body() -> None:
+        from dataclasses import replace
+
         from pipeline.config import compose
+        from pipeline.layout import Layout
+        from stages.chain import DEMO_DIR
 
         cfg = compose(args.overrides)
+        if (
+            not args.overrides
+            and not Layout(cfg).runs.is_dir()
+            and Layout(replace(cfg, runs_dir=DEMO_DIR)).runs.is_dir()
+        ):
+            cfg = replace(cfg, runs_dir=DEMO_DIR)  # after the demo, with nothing else trained, its students are meant
+            print(f"browse: students of {DEMO_DIR}", flush=True)
         from pipeline.report.browse import serve
 
         serve(cfg, args.port, lambda address: print(f"browse: {address} (Ctrl-C ends it)", flush=True))

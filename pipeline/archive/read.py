@@ -22,12 +22,16 @@ class Archive(Sequence[Example]):
     used, which also brings it into memory in one sequential read, and each example's bytes are compared with its CRC-32
     on every read. Instances can be sent to workers and used from several threads.
 
+    Args:
+        hashed: without it shards are not hashed; for who reads a few examples of many, whose CRC-32 are checked all
+            the same.
+
     Raises:
         Damaged: there is no manifest, or anything is missing or changed; the message names shard and key.
     """
 
-    def __init__(self, folder: Path | str):
-        self.folder = Path(folder)
+    def __init__(self, folder: Path | str, hashed: bool = True):
+        self.folder, self.hashed = Path(folder), hashed
         manifest = receipts.check(self.folder / MANIFEST)
         self.digest: str = manifest.digest
         self.counts = manifest.counts
@@ -43,7 +47,7 @@ class Archive(Sequence[Example]):
         return self._ends[-1] if self._ends else 0
 
     def __getitem__(self, index: int) -> Example:
-        number, row = self._locate(index)
+        number, row = self.locate(index)
         return self.shard(number)[row]
 
     def __iter__(self) -> Iterator[Example]:
@@ -62,16 +66,21 @@ class Archive(Sequence[Example]):
 
     def shard_of(self, index: int) -> int:
         """Number of the shard that holds example `index`."""
-        return self._locate(index)[0]
+        return self.locate(index)[0]
 
     def shard(self, number: int) -> "Shard":
         """One opened shard."""
         shard = self._open.get(number)
         if shard is None:
-            shard = self._open[number] = Shard(self._receipts[number])
+            shard = self._open[number] = Shard(self._receipts[number], self.hashed)
         return shard
 
-    def _locate(self, index: int) -> tuple[int, int]:
+    def locate(self, index: int) -> tuple[int, int]:
+        """Number of the shard that holds example `index`, and its row there.
+
+        Raises:
+            IndexError: there is no such example.
+        """
         if index < 0:
             index += len(self)
         if not 0 <= index < len(self):
@@ -97,11 +106,11 @@ def _shuffle_bytes(receipt: receipts.Receipt) -> int:
 
 
 class Shard(Sequence[Example]):
-    """One tar and its table, both hashed before anything of them is used."""
+    """One tar and its table, both hashed before anything of them is used (the tar only if ``hashed``)."""
 
-    def __init__(self, receipt: receipts.Receipt):
+    def __init__(self, receipt: receipts.Receipt, hashed: bool = True):
         self.path = path = receipt.path.with_suffix(".tar")
-        if receipts.file_sha256(path) != receipt.files[path.name].sha256:
+        if hashed and receipts.file_sha256(path) != receipt.files[path.name].sha256:
             raise receipts.Damaged(f"{path}: its content has changed: run the shard stage again")
         table_path = path.with_suffix(".parquet")
         table = _read_table(table_path, receipt.files[table_path.name].sha256)
@@ -118,11 +127,9 @@ class Shard(Sequence[Example]):
         return len(self.keys)
 
     def __getitem__(self, row: int) -> Example:
-        key = self.keys[row]
-        data = self._read(row, self._json)
-        document = json.loads(data)
+        document = self.document(row)
         return Example(
-            key=key,
+            key=self.keys[row],
             image=self.image(row),
             ext=self.ext[row],
             turns=tuple(Turn(turn["role"], turn["text"]) for turn in document["turns"]),
@@ -131,6 +138,10 @@ class Shard(Sequence[Example]):
             licence=document["licence"],
             meta=document["meta"],
         )
+
+    def document(self, row: int) -> dict:
+        """The JSON member of an example: its turns, source, split, licence and meta."""
+        return json.loads(self._read(row, self._json))
 
     def image(self, row: int) -> bytes | None:
         """The encoded image of an example, or None."""
