@@ -1,19 +1,23 @@
 """Where do the teacher's maps point? Settings are chosen on one labelled split and reported on another.
 
     python -m benchmarks.teacher_quality data=world teacher=tiny
-    python -m benchmarks.teacher_quality data=flickr30k teacher=sd14 --only val --limit 200
+    python -m benchmarks.teacher_quality data=flickr30k_entities teacher=sd14 --limit 200 --inversions ddim:50 ...
 
-Any data set whose examples carry `meta.regions` will do (shard it first). The sweep goes one axis at a time, each
-time keeping the best value so far by the mean of pointing game and mIoU on `val`; the last rows compare the plain mean
-over all layers with what was chosen, on `test`. The threshold of mIoU is chosen on `val` for each setting.
-A word that the teacher has no window for counts as a miss. Intervals are over images (95%, bootstrap).
+Any data set whose examples carry `meta.regions` will do (shard it first), and any teacher. The sweep goes one axis at a
+time: phrases, timesteps, grids and their weights, layers, renormalisation, refinement, several timesteps and draws,
+inversions. Each axis starts from the best value so far by the mean of pointing game and mIoU on `val`; an axis that
+costs more forwards is tried last. What is reported on `test`: the plain mean over all layers, the settings of the
+configured teacher, `fast` (the best of one forward) and `best`. The threshold of mIoU is chosen on `val` for each
+setting. A word that the teacher has no window for counts as a miss. Intervals are over images (95%, bootstrap).
+`--table FILE` writes the rows as a table of Markdown.
 """
 
 import argparse
 import json
+import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -27,14 +31,15 @@ from pipeline.evaluate.intervals import mean_interval
 from pipeline.evaluate.pointing import THRESHOLDS, Pointing, best_threshold, measure, word_region
 from pipeline.examples import Example, decode
 from pipeline.layout import Layout
-from pipeline.teacher.config import TeacherConfig
+from pipeline.teacher.config import MAP_SIDE, TeacherConfig
 from pipeline.teacher.extract import Item, load_teacher
 from pipeline.teacher.load import device_of, load_adapter
 from pipeline.teacher.noise import image_seed
 from pipeline.teacher.windows import teacher_texts
 
 PLAIN = {"resolutions": [], "resolution_weights": [], "layers": "", "renormalise": False, "refine": 0, "draws": 1,
-         "phrases": "none", "refine_resolution": 0}  # fmt: skip
+         "phrases": "none", "refine_resolution": 0, "inversion": "none"}  # fmt: skip
+STRESS = 0.7  # share of the stressed grid where grids are weighed; the others share the rest
 
 
 @dataclass(frozen=True)
@@ -133,6 +138,7 @@ class Sweep:
     def __init__(self, base: TeacherConfig, examples: Sequence[Example]):
         self.base, self.examples = base, examples
         self.tried: dict[str, dict] = {}
+        self.options: dict[str, dict] = {}
 
     def score(self, options: dict) -> float:
         """Mean of pointing game and mIoU."""
@@ -143,48 +149,125 @@ class Sweep:
             found = words(cfg, self.examples)
             threshold = best_threshold([word.found for word in found])
             self.tried[name] = row(name, cfg, found, threshold, time.monotonic() - began)
+            self.options[name] = options
             show(self.tried[name])
         line = self.tried[name]
         return (line["pointing"] + line["miou"]) / 2
 
-    def climb(self, start: dict, axes: Sequence[Sequence[dict]]) -> dict:
-        """The best setting found by trying every value of one axis after the other."""
+    def climb(self, start: dict, axes: Iterable[Callable[[dict], Sequence[dict]]]) -> dict:
+        """The best setting found by trying every value of one axis after the other.
+
+        Args:
+            axes: each gives the changes to try for the best setting so far.
+        """
         best = start
         top = self.score(best)
         for axis in axes:
-            for change in axis:
-                candidate = {**best, **change}
-                value = self.score(candidate)
+            base = best
+            for change in axis(base):
+                candidate = {**base, **change}
+                try:
+                    value = self.score(candidate)
+                except UserError as error:
+                    print(f"{described(candidate)}: left out ({error})", flush=True)
+                    continue
                 if value > top + 1e-9:
                     top, best = value, candidate
         return best
+
+    def fast(self) -> str:
+        """Name of the best setting that takes one forward."""
+        return max((name for name, line in self.tried.items() if line["nfe"] == 1), key=self._value)
+
+    def _value(self, name: str) -> float:
+        return self.tried[name]["pointing"] + self.tried[name]["miou"]
 
 
 def described(options: dict) -> str:
     """The settings that differ from the plain ones, in words."""
     parts = [f"t={','.join(map(str, options['timesteps']))}"]
+    meant = {"none": (), "ddim": ("inversion_steps",), "null-text": ("inversion_steps", "inner_steps")}
+    silent = {"timesteps", "inversion_steps", "inner_steps"} - set(meant[options["inversion"]])
     for name, value in options.items():
-        if name != "timesteps" and value != PLAIN.get(name):
+        if name not in silent and value != PLAIN.get(name):
             parts.append(f"{name}={','.join(map(str, value)) if isinstance(value, list) else value}")
     return " ".join(parts)
 
 
-def axes(sides: list[int], timesteps: list[int], most: int) -> list[list[dict]]:
-    """What is tried: timesteps, grids, phrases, renormalisation, refinement, several timesteps and draws."""
+def axes(
+    names: Sequence[tuple[str, int]], timesteps: list[int], most: int, inversions: Sequence[dict]
+) -> list[Callable[[dict], list[dict]]]:
+    """What is tried.
+
+    Args:
+        names: (name, side) of the model's layers.
+        most: most forwards of several timesteps or draws.
+        inversions: settings of inversions, tried at the best timestep.
+    """
+    sides = sorted({side for _, side in names})
     pairs = [[a, b] for i, a in enumerate(sides) for b in sides[i + 1 :]]
     grids = [{"resolutions": [side], "resolution_weights": []} for side in sides]
     grids += [{"resolutions": pair, "resolution_weights": []} for pair in pairs]
-    several = [timesteps[i : i + n] for n in (2, 3) if n <= most for i in range(len(timesteps) - n + 1)]
-    return [
-        [{"phrases": level} for level in ("phrase", "clause", "mean", "product")],
-        [{"timesteps": [t]} for t in timesteps],
-        grids,
-        [{"layers": layers} for layers in ("^up_blocks", "^(mid_block|up_blocks)", "^down_blocks")],
-        [{"timesteps": [t]} for t in timesteps],
-        [{"renormalise": True}],
-        [{"refine": power, "refine_resolution": side} for power in (1, 2) for side in sides if side <= 32],
-        [{"timesteps": chosen} for chosen in several] + [{"draws": n} for n in (2, 4) if n <= most],
+    if len(sides) > 1:
+        rest = round((1 - STRESS) / (len(sides) - 1), 3)
+        grids += [
+            {"resolutions": sides, "resolution_weights": [STRESS if side == one else rest for side in sides]}
+            for one in sides
+        ]
+    refined = [
+        {"refine": power, "refine_resolution": side}
+        for power in (1, 2)
+        for side in sides
+        if side <= MAP_SIDE or not pairs
     ]
+
+    def several(best: dict) -> list[dict]:
+        chosen = [timesteps[i : i + n] for n in (2, 3) if n <= most for i in range(len(timesteps) - n + 1)]
+        return [{"timesteps": some} for some in chosen if best["timesteps"][0] in some]
+
+    return [
+        lambda best: [{"phrases": level} for level in ("phrase", "clause", "mean", "product")],
+        lambda best: [{"timesteps": [t]} for t in timesteps],
+        lambda best: grids,
+        lambda best: [{"layers": layers} for layers in parts_of(names)],
+        lambda best: [{"renormalise": True}],
+        lambda best: refined,
+        several,
+        lambda best: [{"draws": n} for n in (2, 4, 8) if n * len(best["timesteps"]) <= most],
+        lambda best: [{"draws": 1, **inversion} for inversion in inversions],
+    ]
+
+
+def parts_of(names: Sequence[tuple[str, int]]) -> list[str]:
+    """Expressions for parts of the model: a UNet's way down, middle and way up, or each block of a transformer."""
+    kinds = list(dict.fromkeys(name.split(".")[0] for name, _ in names))
+    if "up_blocks" in kinds:
+        return ["^down_blocks", "^mid_block", "^up_blocks", "^(mid_block|up_blocks)", "^(down_blocks|up_blocks)"]
+    return [f"^{re.escape(name)}$" for name, _ in names]
+
+
+def read_inversion(text: str) -> dict:
+    """`ddim:50`, or `null-text:50:10` with the inner steps behind the steps."""
+    kind, _, rest = text.partition(":")
+    numbers = [int(part) for part in rest.split(":") if part.isdigit()]
+    if kind not in ("ddim", "null-text") or not numbers:
+        raise UserError(f"--inversions: cannot read '{text}': write ddim:50 or null-text:50:10")
+    found = {"inversion": kind, "inversion_steps": numbers[0]}
+    return found | ({"inner_steps": numbers[1]} if len(numbers) > 1 else {})
+
+
+def table(rows: Sequence[dict]) -> str:
+    """The rows as a table of Markdown, in the order they were tried; the best of each column in bold."""
+    lines = ["| setting | NFE | pointing game | mIoU |", "|---|---|---|---|"]
+    top = {name: max(line[name] for line in rows) for name in ("pointing", "miou")}
+    for line in rows:
+        cells = []
+        for name in ("pointing", "miou"):
+            value = f"{line[name]:.3f}"
+            low, high = line[f"{name}_ci95"]
+            cells.append(f"{f'**{value}**' if line[name] == top[name] else value} [{low:.3f}, {high:.3f}]")
+        lines.append(f"| `{line['setting']}` | {line['nfe']} | {cells[0]} | {cells[1]} |")
+    return "\n".join(lines)
 
 
 def split(cfg: Config, name: str, limit: int) -> list[Example]:
@@ -197,10 +280,10 @@ def split(cfg: Config, name: str, limit: int) -> list[Example]:
     return found
 
 
-def sides_of(cfg: TeacherConfig) -> list[int]:
-    """Sides of the model's attention grids."""
-    adapter = load_adapter(replace(cfg, **PLAIN), "cpu")
-    return sorted({layer.side for layer in adapter.layers})
+def layers_of(cfg: TeacherConfig) -> list[tuple[str, int]]:
+    """(name, side) of the model's attention layers."""
+    adapter = load_adapter(replace(cfg, **PLAIN, timesteps=[100]), "cpu")
+    return [(layer.name, layer.side) for layer in adapter.layers]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -212,44 +295,52 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--test-limit", type=int, default=500, help="examples on which they are reported; 0: all")
     parser.add_argument("--timesteps", default="20,50,100,200,300,400", help="timesteps to try")
-    parser.add_argument("--most", type=int, default=4, help="most forwards per window to try")
+    parser.add_argument("--most", type=int, default=4, help="most forwards per window of several timesteps or draws")
+    parser.add_argument(
+        "--inversions", nargs="*", default=["ddim:10", "ddim:50"], help="ddim:STEPS or null-text:STEPS:INNER"
+    )
     parser.add_argument(
         "--only", choices=("val", "configured"), help="the sweep alone, or the configured settings alone"
     )
     parser.add_argument("--json", type=Path, help="write all rows here")
+    parser.add_argument("--table", type=Path, help="write all rows here as tables of Markdown")
     args, overrides = parser.parse_known_args(argv)
     cfg = compose(overrides)
     torch.set_num_threads(cfg.teacher.threads)
     timesteps = [int(t) for t in args.timesteps.split(",")]
     rows: dict[str, list[dict]] = {"val": [], "test": []}
 
-    configured = {**{name: getattr(cfg.teacher, name) for name in PLAIN}, "timesteps": list(cfg.teacher.timesteps)}
-    plain = {**PLAIN, "timesteps": list(cfg.teacher.timesteps)[:1]}
+    configured = {name: getattr(cfg.teacher, name) for name in (*PLAIN, "timesteps", "inversion_steps", "inner_steps")}
+    plain = {**configured, **PLAIN, "timesteps": list(cfg.teacher.timesteps)[:1] or [100]}
+    inversions = [read_inversion(text) for text in args.inversions]
     sweep = Sweep(cfg.teacher, split(cfg, args.val, args.limit))
     print(f"{cfg.teacher.name} on {cfg.data.name}/{args.val}", flush=True)
     sweep.score(plain)
     sweep.score(configured)
-    chosen = [plain, configured]
+    chosen = {described(plain): "plain mean over all layers", described(configured): "as configured"}
     if args.only != "configured":
-        chosen.append(sweep.climb(plain, axes(sides_of(cfg.teacher), timesteps, args.most)))
+        best = described(sweep.climb(plain, axes(layers_of(cfg.teacher), timesteps, args.most, inversions)))
+        for name, role in ((sweep.fast(), "fast"), (best, "best")):
+            chosen[name] = f"{chosen[name]}, {role}" if name in chosen else role
     rows["val"] = list(sweep.tried.values())
     if args.only != "val":
         examples = split(cfg, args.test, args.test_limit)
         print(f"{cfg.teacher.name} on {cfg.data.name}/{args.test}", flush=True)
-        for options in chosen:
-            name = described(options)
-            if name in [line["setting"] for line in rows["test"]]:
-                continue
+        for name, role in chosen.items():
             began = time.monotonic()
-            own = replace(cfg.teacher, **options)
+            own = replace(cfg.teacher, **sweep.options[name])
             threshold = sweep.tried[name]["threshold"]
-            rows["test"].append(row(name, own, words(own, examples), threshold, time.monotonic() - began))
+            rows["test"].append(
+                {"role": role, **row(name, own, words(own, examples), threshold, time.monotonic() - began)}
+            )
             show(rows["test"][-1])
     last = (rows["test"] or rows["val"])[-1]
     flat = {"teacher": cfg.teacher.name, "data": cfg.data.name, **{k: v for k, v in last.items() if k != "by"}}
     print(f"RESULT {json.dumps(flat)}")
     if args.json:
         args.json.write_text(json.dumps({"result": flat, **rows}, indent=1) + "\n")
+    if args.table:
+        args.table.write_text("\n\n".join(table(part) for part in rows.values() if part) + "\n")
     return 0
 
 

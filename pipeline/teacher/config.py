@@ -127,6 +127,23 @@ class TeacherConfig:
         """Forwards of the diffusion model per window of text (for `null-text` the most it may take)."""
         if self.inversion == "none":
             return len(self.timesteps) * self.draws
+        wanted = nearest_steps(inversion_steps(self.inversion_steps), self.timesteps)
         if self.inversion == "ddim":
-            return self.inversion_steps + (len(self.timesteps) or self.inversion_steps)
-        return self.inversion_steps * (3 + self.inner_steps)
+            return max(wanted) + 1 + len(wanted)
+        # Out to the noise, and back to the last step that is read: the text, the null text, its optimisation.
+        return self.inversion_steps + (self.inversion_steps - 1 - min(wanted)) * (2 + self.inner_steps) + 1
+
+
+def inversion_steps(count: int, total: int = 1000) -> list[int]:
+    """The training timesteps of a deterministic sampler of `count` steps, ascending, as published schedulers take
+    them: the last step back to the image does not start at zero noise."""
+    stride = total // count
+    first = 1 if stride > 1 else 0
+    return [first + number * stride for number in range(count)]
+
+
+def nearest_steps(steps: list[int], timesteps: list[int]) -> set[int]:
+    """Numbers of the steps nearest to these timesteps; all of them for none."""
+    if not timesteps:
+        return set(range(len(steps)))
+    return {min(range(len(steps)), key=lambda i: abs(steps[i] - t)) for t in timesteps}

@@ -12,7 +12,7 @@ import torch
 
 from pipeline.teacher.adapter import Adapter
 from pipeline.teacher.capture import Capture
-from pipeline.teacher.config import TeacherConfig
+from pipeline.teacher.config import TeacherConfig, inversion_steps, nearest_steps
 from pipeline.teacher.noise import draw_noise
 from pipeline.teacher.text import Condition
 from pipeline.teacher.unet import UNetAdapter
@@ -40,13 +40,14 @@ def readings(
         return
     assert isinstance(adapter, UNetAdapter)
     path = Path(adapter, cfg.inversion_steps)
-    trail = path.out(latents_BCYX, condition)
-    wanted = path.nearest(cfg.timesteps)
+    wanted = nearest_steps(path.steps, cfg.timesteps)
     if cfg.inversion == "ddim":
+        trail = path.out(latents_BCYX, condition, max(wanted) + 1)
         for number in sorted(wanted):
             adapter.forward(trail[number + 1], path.steps[number], condition, capture)
             yield
         return
+    trail = path.out(latents_BCYX, condition, len(path.steps))
     empty = adapter.condition([""] * len(latents_BCYX))
     yield from _null_text(adapter, cfg, path, trail, wanted, condition, empty, capture)
 
@@ -69,24 +70,16 @@ class Path:
 
     def __init__(self, adapter: UNetAdapter, count: int):
         self.adapter = adapter
-        stride = len(adapter.alphas) // count
-        first = 1 if stride > 1 else 0  # as published schedulers do, so that the last step is not at zero noise
-        self.steps = [first + number * stride for number in range(count)]
+        self.steps = inversion_steps(count, len(adapter.alphas))
 
     def alpha(self, number: int) -> float:
         """Share of signal left after step `number`; -1 is the image itself."""
         return self.adapter.alphas[self.steps[number]].item() if number >= 0 else self.adapter.alphas[0].item()
 
-    def nearest(self, timesteps: Sequence[int]) -> set[int]:
-        """Numbers of the steps nearest to these timesteps; all of them for none."""
-        if not timesteps:
-            return set(range(len(self.steps)))
-        return {min(range(len(self.steps)), key=lambda i: abs(self.steps[i] - t)) for t in timesteps}
-
-    def out(self, latents_BCYX: torch.Tensor, condition: Condition) -> list[torch.Tensor]:
-        """The latents of the image and after every step, without guidance."""
+    def out(self, latents_BCYX: torch.Tensor, condition: Condition, count: int) -> list[torch.Tensor]:
+        """The latents of the image and after each of the first `count` steps, without guidance."""
         trail = [latents_BCYX]
-        for number, timestep in enumerate(self.steps):
+        for number, timestep in enumerate(self.steps[:count]):
             here, there = self.alpha(number - 1), self.alpha(number)
             noise = self.adapter.predict(trail[-1], timestep, here, condition)
             trail.append(self.move(trail[-1], noise, here, there))
@@ -109,11 +102,16 @@ def _null_text(
     empty: Condition,
     capture: Capture,
 ) -> Iterator[None]:
-    """Guided denoising from the end of the trail; the conditional forward of each wanted step is read."""
+    """Guided denoising from the end of the trail; the conditional forward of each wanted step is read. The last one
+    of these leads nowhere any more, so it ends early."""
     latents, null_BTC = trail[-1], empty.hidden_BTC.float()
     count = len(path.steps)
     for back, number in enumerate(reversed(range(count))):
         timestep, here, there = path.steps[number], path.alpha(number), path.alpha(number - 1)
+        if number == min(wanted):
+            adapter.forward(latents, timestep, condition, capture)
+            yield
+            return
         noise = adapter.predict(latents, timestep, here, condition, capture=capture if number in wanted else None)
 
         def step(null: torch.Tensor, latents=latents, noise=noise, t=timestep, ends=(here, there)) -> torch.Tensor:
