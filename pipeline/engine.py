@@ -1,16 +1,22 @@
-"""How shard and precompute spread their tasks: Dask, on threads, on local processes or on a running scheduler."""
+"""How shard and precompute spread their tasks: Dask, on threads, on local processes, on a running scheduler or on
+workers that SLURM starts."""
 
 import os
+import shutil
 import threading
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipeline.errors import UserError
 
+if TYPE_CHECKING:
+    from dask.distributed import Client
+
 Task = TypeVar("Task")
 Result = TypeVar("Result")
-KINDS = ("threads", "processes", "scheduler")
+KINDS = ("threads", "processes", "scheduler", "slurm")
 
 
 @dataclass
@@ -18,14 +24,35 @@ class EngineConfig:
     """Where tasks run. It never changes what they write.
 
     Args:
-        kind: `threads` of this process, `processes` (a Dask LocalCluster) or a running `scheduler` (e.g. in SLURM).
-        workers: threads or processes; 0 takes one per core.
+        kind: `threads` of this process, `processes` (a Dask LocalCluster), a running `scheduler`, or `slurm`: workers
+            that dask-jobqueue submits as SLURM jobs, one process and one GPU each.
+        workers: threads, processes or SLURM jobs; 0 takes one per core (one job for `slurm`).
         address: the scheduler's address for `kind=scheduler`, e.g. tcp://node1:8786.
+        queue: SLURM's partition; empty for the default one.
+        account: SLURM's account; empty for the user's own.
+        walltime: of a SLURM job, HH:MM:SS. A job that runs out of it loses only the shard it was at.
+        cores: CPU cores of a SLURM job.
+        memory: of a SLURM job.
+        gpus: GPUs of a SLURM job; 0 for work on the CPU.
+        directives: further #SBATCH lines, without `#SBATCH`.
+        prologue: lines of shell that a SLURM job runs before the worker, e.g. `module load cuda`.
+        log_dir: folder for the output of SLURM jobs; empty for the current one.
+        interface: network interface by which SLURM jobs reach this machine, e.g. ib0; empty for the default.
     """
 
     kind: str = "threads"
     workers: int = 0
     address: str = ""
+    queue: str = ""
+    account: str = ""
+    walltime: str = "04:00:00"
+    cores: int = 8
+    memory: str = "32GB"
+    gpus: int = 1
+    directives: list[str] = field(default_factory=list)
+    prologue: list[str] = field(default_factory=list)
+    log_dir: str = ""
+    interface: str = ""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -34,11 +61,13 @@ class EngineConfig:
             raise UserError(f"engine.workers is {self.workers}: give 0 (one per core) or more")
         if self.kind == "scheduler" and not self.address:
             raise UserError("engine.kind=scheduler needs engine.address=tcp://host:port")
+        if self.cores < 1 or self.gpus < 0:
+            raise UserError("engine.cores must be 1 or more and engine.gpus 0 or more")
 
     @property
     def worker_count(self) -> int:
-        """Workers with 0 resolved to the cores this process may use."""
-        return self.workers or cores()
+        """Workers with 0 resolved to the cores this process may use (one job for `slurm`)."""
+        return self.workers or (1 if self.kind == "slurm" else cores())
 
 
 def cores() -> int:
@@ -114,13 +143,18 @@ class _Watch:
 
 
 def _distributed(engine: EngineConfig, function, tasks, done) -> list:
-    from dask.distributed import Client, LocalCluster, as_completed
+    from dask.distributed import as_completed
 
-    def collect(client: Client) -> list:
+    with _client(engine) as client:
         futures = client.map(function, tasks, pure=False)
         for future in as_completed(futures):
             done(future.result())
         return [future.result() for future in futures]
+
+
+@contextmanager
+def _client(engine: EngineConfig) -> Iterator["Client"]:
+    from dask.distributed import Client, LocalCluster
 
     if engine.kind == "scheduler":
         try:
@@ -128,10 +162,57 @@ def _distributed(engine: EngineConfig, function, tasks, done) -> list:
         except OSError as error:
             raise UserError(f"no Dask scheduler answers at {engine.address}: {error}") from error
         with client:
-            return collect(client)
+            yield client
+        return
+    if engine.kind == "slurm":
+        if shutil.which("sbatch") is None:
+            raise UserError("engine.kind=slurm: there is no sbatch here: start from a login node of the cluster")
+        with _jobqueue().SLURMCluster(**_slurm_options(engine)) as cluster, Client(cluster) as client:
+            cluster.scale(jobs=engine.worker_count)
+            yield client
+        return
     # One thread per process: a worker keeps one model, and the math libraries have threads of their own.
     with (
         LocalCluster(n_workers=engine.worker_count, threads_per_worker=1, dashboard_address=None) as cluster,
         Client(cluster) as client,
     ):
-        return collect(client)
+        yield client
+
+
+def slurm_script(engine: EngineConfig) -> str:
+    """The script that is submitted for every worker, with the address of a scheduler still to start in it.
+
+    Raises:
+        UserError: dask-jobqueue is not installed.
+    """
+    job = _jobqueue().slurm.SLURMJob(
+        scheduler="tcp://SCHEDULER:PORT", name="lavender", protocol="tcp", **_slurm_options(engine)
+    )
+    return job.job_script()
+
+
+def _slurm_options(engine: EngineConfig) -> dict[str, Any]:
+    """What dask-jobqueue makes a job's script of. One process with one thread, for the reason given above; the other
+    cores of the job are for the threads that decode and for the math libraries."""
+    directives = [f"--gres=gpu:{engine.gpus}"] if engine.gpus else []
+    return {
+        "cores": 1,
+        "processes": 1,
+        "job_cpu": engine.cores,
+        "memory": engine.memory,
+        "walltime": engine.walltime,
+        "queue": engine.queue or None,
+        "account": engine.account or None,
+        "job_extra_directives": [*directives, *engine.directives],
+        "job_script_prologue": list(engine.prologue),
+        "log_directory": engine.log_dir or None,
+        "interface": engine.interface or None,
+    }
+
+
+def _jobqueue():
+    try:
+        import dask_jobqueue
+    except ImportError as error:
+        raise UserError("engine.kind=slurm needs dask-jobqueue: pip install 'lavender-pipeline[slurm]'") from error
+    return dask_jobqueue

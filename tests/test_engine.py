@@ -1,11 +1,17 @@
 """The engine: order, progress, failures, on threads and on processes."""
 
+import math
+import subprocess
+import sys
 import threading
 import time
 
 import pytest
 
-from pipeline.engine import EngineConfig, run
+from pipeline import engine
+from pipeline.config import compose
+from pipeline.engine import EngineConfig, run, slurm_script
+from pipeline.errors import UserError
 
 
 def _square(value: int) -> int:
@@ -75,3 +81,54 @@ def test_processes_give_the_same_results():
     assert sorted(seen) == [0, 1, 4, 9, 16]
     with pytest.raises(ValueError, match="three"):
         run(EngineConfig(kind="processes", workers=1), _fail_at_three, list(range(6)))
+
+
+# --- SLURM ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_script_of_a_slurm_job():
+    cfg = compose(
+        ["engine=slurm", "engine.workers=4", "engine.queue=gpu", "engine.account=lab", "engine.walltime='02:30:00'",
+         "engine.cores=6", "engine.memory=48GB", "engine.directives=['--constraint=a100']",
+         "engine.prologue=['module load cuda']", "engine.log_dir=logs"]
+    ).engine  # fmt: skip
+    script = slurm_script(cfg)
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+    asked = [line.removeprefix("#SBATCH ") for line in script.splitlines() if line.startswith("#SBATCH")]
+    for wanted in ("-p gpu", "-A lab", "-n 1", "--cpus-per-task=6", "--mem=45G", "-t 02:30:00", "--gres=gpu:1",
+                   "--constraint=a100"):  # fmt: skip
+        assert wanted in asked
+    assert script.startswith("#!")
+    lines = script.splitlines()
+    worker = next(line for line in lines if "distributed" in line)
+    assert worker.startswith(sys.executable)
+    assert "tcp://SCHEDULER:PORT" in worker
+    assert "--nthreads 1 " in f"{worker} "
+    assert "--nworkers" not in worker  # one process
+    assert lines.index("module load cuda") < lines.index(worker)
+    assert "gres" not in slurm_script(compose(["engine=slurm", "engine.gpus=0"]).engine)
+
+
+def test_slurm_away_from_a_cluster_is_one_line(monkeypatch):
+    monkeypatch.setattr(engine.shutil, "which", lambda name: None)
+    with pytest.raises(UserError, match="no sbatch here"):
+        run(EngineConfig(kind="slurm"), _square, [1])
+
+
+@pytest.mark.full
+@pytest.mark.timeout(120)
+def test_workers_that_slurm_starts_do_the_work(tmp_path, monkeypatch):
+    """In the place of SLURM: an `sbatch` that runs the submitted script on this machine."""
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    (tools / "sbatch").write_text(
+        f"#!/bin/bash\ncp $1 {tmp_path}/script.sh\n"
+        f"bash {tmp_path}/script.sh >{tmp_path}/log 2>&1 &\necho Submitted batch job 1\n"
+    )
+    (tools / "scancel").write_text(f"#!/bin/bash\necho $1 >>{tmp_path}/cancelled\n")
+    for tool in tools.iterdir():
+        tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tools), prepend=":")
+    monkeypatch.chdir(tmp_path)
+    assert run(EngineConfig(kind="slurm", memory="1GB"), math.factorial, list(range(5))) == [1, 1, 2, 6, 24]
+    assert "#SBATCH --gres=gpu:1" in (tmp_path / "script.sh").read_text()

@@ -49,12 +49,14 @@ class Adapter(ABC):
 
     # --- sizes ---
 
-    def size(self, image: Image.Image) -> Size:
-        """Height and width in pixels at which the model reads an image.
+    def size(self, image: Image.Image | torch.Tensor) -> Size:
+        """Height and width in pixels at which the model reads an image (or `pixels` of one).
 
         `squash` takes the model's square; `bucket` keeps the aspect ratio as nearly as sides in whole steps allow,
         with about as many pixels.
         """
+        if isinstance(image, torch.Tensor):
+            return tuple(image.shape[-2:])
         if self.cfg.geometry == "squash":
             return self.side, self.side
         step = self.step
@@ -81,8 +83,11 @@ class Adapter(ABC):
 
     # --- images ---
 
-    def pixels(self, image: Image.Image) -> torch.Tensor:
-        """The whole image at the size the model reads it: (3, Y, X) float32 in [-1, 1]."""
+    def pixels(self, image: Image.Image | torch.Tensor) -> torch.Tensor:
+        """The whole image at the size the model reads it: (3, Y, X) float32 in [-1, 1]. Needs no model, so other
+        threads may call it; what it gave comes back as it is."""
+        if isinstance(image, torch.Tensor):
+            return image
         height, width = self.size(image)
         if image.size != (width, height):
             image = image.resize((width, height), Image.Resampling.BICUBIC)

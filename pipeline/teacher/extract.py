@@ -1,6 +1,7 @@
 """The teacher: images and texts in, one attention map per word out."""
 
 import itertools
+import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -28,14 +29,14 @@ class Item:
     """One text about one image.
 
     Args:
-        image: the image, or a function that opens it when its turn comes.
+        image: the image, or `Adapter.pixels` of it, or a function that opens it when its turn comes.
         identity: equal for equal images, e.g. the sha256 of the file.
         seed: of the noise, see `noise.image_seed`.
         text: what is read, see `windows.teacher_texts`.
         name: how errors call it.
     """
 
-    image: Image.Image | Callable[[], Image.Image]
+    image: Image.Image | torch.Tensor | Callable[[], Image.Image]
     identity: Hashable
     seed: int
     text: TeacherText
@@ -148,6 +149,27 @@ class Teacher:
             yield from self._finished(waiting, queue, done)
         yield from self._finished(waiting, queue, done)
 
+    @torch.no_grad()
+    def seconds_per_batch(self) -> float:
+        """About how long a batch takes: one forward with everything around it is measured (a second one on a GPU,
+        where the first does not count) and taken as often as there will be some. A step of the optimisation of
+        `null-text` also goes back through the model, which takes about as long as two forwards."""
+        cfg, adapter = self.cfg, self.adapter
+        shape, text, seconds = (3, adapter.side, adapter.side), "a red circle", 0.0
+        rows = [[[ranges] for ranges in adapter.text.ranges(text, [(2, 5), (6, 12)])]] * self.batch_size
+        for _ in range(2 if adapter.device.type == "cuda" else 1):
+            began = time.monotonic()
+            latents_BCYX = adapter.latents(torch.zeros(self.batch_size, *shape))
+            condition = adapter.condition([text] * self.batch_size)
+            tokens_BTW = token_weights(rows, adapter.text.positions, 2).to(adapter.device)
+            grids = adapter.grids((adapter.side, adapter.side))
+            capture = Capture(grids, tokens_BTW, None, cfg.refine, adapter.refine_side)
+            adapter.forward(adapter.noised(latents_BCYX, latents_BCYX, 100), 100, condition, capture)
+            capture.word_maps().cpu()
+            seconds = time.monotonic() - began
+        back = 2 * cfg.inversion_steps * cfg.inner_steps if cfg.inversion == "null-text" else 0
+        return seconds * (cfg.forwards + back)
+
     def _plan(self, item: Item, size: Size) -> list[_Part]:
         """Where the map of each word (or token) will come from."""
         side, text = self.adapter.text, item.text
@@ -199,7 +221,7 @@ class Teacher:
         return window, (found[window].span(text.spans[index]),)
 
     def _latents(
-        self, images: dict[Hashable, Image.Image], sizes: dict[Hashable, Size], batch: int
+        self, images: dict[Hashable, Image.Image | torch.Tensor], sizes: dict[Hashable, Size], batch: int
     ) -> dict[Hashable, torch.Tensor]:
         """Latents of new images, in batches of the canonical shape."""
         out = {}

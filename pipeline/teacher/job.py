@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
 from pipeline import receipts
 from pipeline.archive.read import Archive
@@ -123,17 +122,13 @@ def compute_shard(job: Job) -> receipts.Receipt:
     began = time.monotonic()
     teacher = teacher_of(job)
     size = teacher.batch_size
-    while True:
-        try:
-            pending = list(_read(job, teacher, size))
-            break
-        except torch.OutOfMemoryError as error:
-            if size == 1:
-                raise UserError(
-                    f"not even one window of {job.teacher.path} fits the memory of the {job.device}"
-                ) from error
-            size = max(1, size // 2)
-            teacher.batch_size = size
+    while (pending := _try(job, teacher, size)) is None:
+        # Only here, not where the error is caught: its traceback still holds the tensors of the batch.
+        if size == 1:
+            raise UserError(f"not even one window of {job.teacher.path} fits the memory of the {job.device}")
+        size = max(1, size // 2)
+        teacher.batch_size = size
+        if job.device == "cuda":
             torch.cuda.empty_cache()
     path = job.folder / f"{job.stem}.zarr"
     rows = [example.row for example in pending]
@@ -149,6 +144,22 @@ def compute_shard(job: Job) -> receipts.Receipt:
     )
 
 
+def _try(job: Job, teacher: Teacher, size: int) -> list[_Pending] | None:
+    """All examples of a tar with their maps, or None if a batch of this size does not fit the memory."""
+    try:
+        return list(_read(job, teacher, size))
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        return None
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether an error says that the memory is full. On the CPU PyTorch says so in words only."""
+    kinds = (torch.OutOfMemoryError, MemoryError)
+    return isinstance(error, kinds) or "can't allocate memory" in str(error)
+
+
 def _read(job: Job, teacher: Teacher, size: int) -> Iterator[_Pending]:
     """The examples of a tar with their maps, in its order."""
     tick = job.tick or (lambda amount: None)
@@ -156,7 +167,7 @@ def _read(job: Job, teacher: Teacher, size: int) -> Iterator[_Pending]:
     everything: list[_Pending] = []
 
     def items() -> Iterator[Item]:
-        for example, image, problem in _decoded(job):
+        for example, image, problem in _decoded(job, teacher):
             texts = teacher_texts(example, job.teacher.text, job.teacher.phrases) if example.image else []
             pending = _Pending(example.key, example.words() if example.image else [], len(texts), problem)
             everything.append(pending)
@@ -177,14 +188,17 @@ def _read(job: Job, teacher: Teacher, size: int) -> Iterator[_Pending]:
     yield from everything
 
 
-def _decoded(job: Job) -> Iterator[tuple[Example, Image.Image | None, str]]:
-    """The examples of a tar with their images, or what is wrong with them. Beside a GPU, threads decode ahead."""
+def _decoded(job: Job, teacher: Teacher) -> Iterator[tuple[Example, torch.Tensor | None, str]]:
+    """The examples of a tar with the pixels that the model reads, or what is wrong with them, in order. Beside a GPU,
+    threads decode and resize ahead of it."""
     shard = job.archive.shard(job.number)
 
-    def one(row: int) -> tuple[Example, Image.Image | None, str]:
+    def one(row: int) -> tuple[Example, torch.Tensor | None, str]:
         example = shard[row]
+        if not example.image:
+            return example, None, ""
         try:
-            return example, decode(example.image, job.max_pixels) if example.image else None, ""
+            return example, teacher.adapter.pixels(decode(example.image, job.max_pixels)), ""
         except ImageError as error:
             return example, None, f"{example.key}: {error}"
 

@@ -12,7 +12,8 @@ from pipeline.errors import UserError
 from pipeline.layout import Layout
 from pipeline.progress import Progress
 from pipeline.teacher import status
-from pipeline.teacher.weights import locate
+from pipeline.teacher.config import TeacherConfig
+from pipeline.teacher.weights import digest, locate
 
 if TYPE_CHECKING:
     from pipeline.config import Config
@@ -49,6 +50,8 @@ def precompute(cfg: "Config") -> StageResult:
             if not receipts.is_current(job.receipt, job.settings, job.inputs, overwrite=cfg.overwrite)
         ]
         _preflight(cfg, jobs, missing)
+        if cfg.dry_run or cfg.engine.kind != "threads":
+            _forget()
         if cfg.dry_run:
             return StageResult({}, 0, len(jobs) - len(missing))
         _compute(cfg, jobs, missing)
@@ -62,7 +65,9 @@ def _plan(cfg: "Config") -> list["Job"]:
     from pipeline.teacher.job import Job
     from pipeline.teacher.load import device_of
 
-    device = device_of(cfg.teacher)
+    # What a SLURM job finds is not what this machine has.
+    elsewhere = cfg.engine.kind == "slurm" and cfg.teacher.device == "auto"
+    device = ("cuda" if cfg.engine.gpus else "cpu") if elsewhere else device_of(cfg.teacher)
     settings = status.settings(cfg.teacher, device)
     jobs = []
     for split in cfg.teacher.splits:
@@ -77,55 +82,65 @@ def _plan(cfg: "Config") -> list["Job"]:
 
 
 def _preflight(cfg: "Config", jobs: list["Job"], missing: list["Job"]) -> None:
-    """Says what will be done, on what, and how much disk it takes at most, from a look at the first examples."""
+    """Says what will be done: model, revision, precision, forwards, and about how much time and disk it takes, judged
+    by the first examples and one batch."""
     from pipeline.mapstore.schema import SIDE
     from pipeline.teacher.windows import teacher_texts
 
     if not missing:
         return
+    teacher, workers = cfg.teacher, min(_engine(cfg.engine, missing[0].device).worker_count, len(missing))
     examples = sum(job.archive.sizes[job.number] for job in missing)
-    looked, words = 0, 0
-    for job in missing[:1]:
-        shard = job.archive.shard(job.number)
-        looked = min(len(shard), 100)
-        words = sum(len(shard[row].words()) for row in range(looked))
-    expected = words * examples // max(looked, 1)
-    teacher, where = cfg.teacher, locate(cfg.teacher)
-    snapshot = f" ({where.name[:12]})" if where.parent.name == "snapshots" else ""
-    megabytes = expected * SIDE * SIDE / (2e6 if teacher.profile == "compact" else 1e6)
+    shard = missing[0].archive.shard(missing[0].number)
+    looked = [shard[row] for row in range(min(len(shard), 100))]
+    words = sum(len(example.words()) for example in looked) * examples // max(len(looked), 1)
+    texts = sum(len(teacher_texts(example, teacher.text)) for example in looked if example.image)
+    batches = math.ceil(texts * examples / max(len(looked), 1) / teacher.batch_size)
+    megabytes = words * SIDE * SIDE / (2e6 if teacher.profile == "compact" else 1e6)
     print(
-        f"precompute: {len(missing)} of {len(jobs)} shards to do, {examples} examples, about {expected} words; "
-        f"{teacher.path}{snapshot}, {teacher.dtype} on {missing[0].device}, "
+        f"precompute: {len(missing)} of {len(jobs)} shards to do, {examples} examples, about {words} words; "
+        f"{teacher.path}{_revision(teacher)}, {teacher.dtype} on {missing[0].device}, "
         f"{teacher.forwards} forward{'s' if teacher.forwards > 1 else ''} per window of text, "
-        f"at most {megabytes:.0f} MB"
+        f"at most {megabytes:.0f} MB",
+        flush=True,
     )
-    if cfg.dry_run:
-        texts = sum(len(teacher_texts(shard[row], teacher.text)) for row in range(looked) if shard[row].image)
-        batches = math.ceil(texts * examples / max(looked, 1) / teacher.batch_size)
-        workers = _engine(cfg.engine, missing[0].device).worker_count
-        seconds = batches * _seconds_per_batch(missing[0]) / max(1, min(workers, len(missing)))
-        print(f"precompute: about {batches} batches and {seconds / 60:.1f} minutes on {workers} workers")
+    print(f"precompute: {_expected(missing[0], batches, workers)}", flush=True)
+    if cfg.dry_run and cfg.engine.kind == "slurm":
+        print(f"precompute: every worker is submitted as\n{engine.slurm_script(cfg.engine)}")
 
 
-def _seconds_per_batch(job: "Job") -> float:
-    """Time of one batch on this device, the first one not counted."""
+def _revision(cfg: TeacherConfig) -> str:
+    """The commit of a model from the hub, else the digest of the weights."""
+    where = locate(cfg)
+    if where.parent.name == "snapshots":
+        return f" revision {where.name[:12]}"
+    return f" (weights {digest(where)[:12]})"
+
+
+def _expected(job: "Job", batches: int, workers: int) -> str:
+    """About how long it takes, from one batch on this machine: two on a GPU, where the first one does not count."""
     import torch
-    from PIL import Image
 
-    from pipeline.examples import Word
-    from pipeline.teacher.job import teacher_of, teachers
-    from pipeline.teacher.windows import TeacherText
+    from pipeline.teacher.job import out_of_memory, teacher_of
 
+    share = f"about {batches} batches on {workers} worker{'s' if workers > 1 else ''}"
+    if job.device == "cuda" and not torch.cuda.is_available():
+        return f"{share}; this machine has no GPU to tell the time by"
+    threads = torch.get_num_threads()
     torch.set_num_threads(job.teacher.threads)
-    teacher = teacher_of(job)
-    image = Image.new("RGB", (64, 64))
-    text = TeacherText("a red circle", 0, ((2, 5), (6, 12)), (Word(0, 2, 5), Word(0, 6, 12)), ((0,), (1,)))
-    began = 0.0
-    for _ in range(2):
-        began = time.monotonic()
-        teacher.extract([image] * teacher.batch_size, [text] * teacher.batch_size)
-    teachers.clear()
-    return time.monotonic() - began
+    try:
+        seconds = teacher_of(job).seconds_per_batch()
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        return f"{share}; a batch of {job.teacher.batch_size} does not fit the memory, smaller ones will be tried"
+    finally:
+        torch.set_num_threads(threads)
+    return f"{share}, {_duration(seconds * batches / max(workers, 1))}"
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} hours" if seconds > 5400 else f"{max(seconds / 60, 0.1):.1f} minutes"
 
 
 def _compute(cfg: "Config", jobs: list["Job"], missing: list["Job"]) -> None:
@@ -133,7 +148,7 @@ def _compute(cfg: "Config", jobs: list["Job"], missing: list["Job"]) -> None:
         return
     import torch
 
-    from pipeline.teacher.job import compute_shard, teachers
+    from pipeline.teacher.job import compute_shard
 
     for folder in {job.folder for job in missing}:
         folder.mkdir(parents=True, exist_ok=True)
@@ -150,12 +165,19 @@ def _compute(cfg: "Config", jobs: list["Job"], missing: list["Job"]) -> None:
             engine.run(_engine(cfg.engine, jobs[0].device), compute_shard, tasks, done)
     finally:
         torch.set_num_threads(threads)
-        teachers.clear()
+        _forget()
+
+
+def _forget() -> None:
+    """Lets go of the models of this process."""
+    from pipeline.teacher.job import teachers
+
+    teachers.clear()
 
 
 def _engine(cfg: EngineConfig, device: str) -> EngineConfig:
     """The engine with no more workers than there are GPUs, where GPUs do the work: threads share the first one."""
-    if device != "cuda" or cfg.kind == "scheduler":
+    if device != "cuda" or cfg.kind in ("scheduler", "slurm"):
         return cfg
     import torch
 
