@@ -3,6 +3,7 @@
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -42,7 +43,9 @@ def example(question: str, answer: str, size: tuple[int, int] | None, key: str =
 
 @pytest.fixture(scope="module", params=KINDS)
 def student(request, tmp_path_factory):
-    return load_student(build_student(request.param, tmp_path_factory.mktemp(request.param)))
+    made = load_student(build_student(request.param, tmp_path_factory.mktemp(request.param)))
+    made.kind = request.param
+    return made
 
 
 @pytest.fixture(scope="module")
@@ -264,6 +267,80 @@ def test_other_kernels_are_refused_by_name(student):
     for name in ("flash_attention_2", "flex_attention"):
         with attention(student.model, layers, relays, name), pytest.raises(UserError, match=f"'{name}' cannot be"):
             AttentionTap(student.model, student.family)
+
+
+def test_packed_sequences_are_kept_apart(student, examples):
+    """Two conversations in one row, told apart by positions that begin again, as transformers packs for its SDPA."""
+    family, model = student.family, student.model
+    parts = [family.encode([one]) for one in examples[:2]]
+    lengths = [part.labels.shape[1] for part in parts]
+    ids = torch.cat([part.inputs["input_ids"] for part in parts], 1)
+    places = torch.cat([torch.arange(length) for length in lengths])[None]
+    if student.kind in ("llava", "openflamingo-4b"):
+        images = {
+            "pixel_values": torch.cat([part.inputs["pixel_values"] for part in parts], int(student.kind != "llava"))
+        }
+        first, second = parts[0].words, parts[1].words
+        words = replace(
+            first,
+            word=first.word + second.word,
+            word_example=torch.cat([first.word_example, second.word_example]),
+            row_batch=torch.cat([first.row_batch, second.row_batch]),
+            row_pos=torch.cat([first.row_pos, second.row_pos + lengths[0]]),
+            row_word=torch.cat([first.row_word, second.row_word + len(first)]),
+            row_slot=torch.cat([first.row_slot, second.row_slot + first.slots.shape[1]]),
+            slots=torch.cat([first.slots, second.slots + lengths[0]], 1),
+        )
+        with AttentionTap(model, family) as tap, torch.no_grad():
+            tap.rows(words)
+            logits = model(input_ids=ids, position_ids=places, use_cache=False, **images).logits
+            together = tap.maps()
+            start = 0
+            for part, length in zip(parts, lengths, strict=True):
+                tap.rows(part.words)
+                alone = model(**part.inputs).logits
+                torch.testing.assert_close(logits[0, start : start + length], alone[0], atol=1e-4, rtol=1e-3)
+                rows = slice(0, len(first.row_pos)) if start == 0 else slice(len(first.row_pos), None)
+                for index, own in tap.maps().items():
+                    keys = own.shape[-1]
+                    at = 0 if start == 0 else together[index].shape[-1] - keys
+                    found = together[index][rows]
+                    torch.testing.assert_close(found[..., at : at + keys], own, atol=1e-5, rtol=1e-3)
+                    assert float(found.sum(-1).sub(1).abs().max()) < 1e-5, "nothing goes to the other conversation"
+                start += length
+    with AttentionTap(model, family) as tap:
+        tap.rows(parts[0].words)
+        with pytest.raises(UserError, match="cu_seq_lens"):
+            model(**parts[0].inputs, cu_seq_lens_q=torch.tensor([0, *lengths]).cumsum(0).int())
+        if getattr(model.config.get_text_config(), "model_type", "") == "mpt":
+            with pytest.raises(UserError, match="packed"):
+                model(ids, position_ids=places, pixel_values=parts[0].inputs["pixel_values"])
+
+
+@pytest.mark.full
+def test_compiled_equals_plain(student, examples):
+    batch = student.family.encode(examples[:2])
+    model, found = student.model.train(), []
+    torch._dynamo.reset()
+    try:
+        with AttentionTap(model, student.family) as tap:
+            for run in (model, torch.compile(model, backend="aot_eager")):
+                model.zero_grad()
+                tap.rows(batch.words)
+                logits = run(**batch.inputs, use_cache=False).logits
+                maps = student_maps(tap, batch)
+                (loss_of(maps) + logits.square().mean()).backward()
+                found.append(
+                    (maps.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+                )
+    finally:
+        model.eval()
+        model.zero_grad()
+        torch._dynamo.reset()
+    torch.testing.assert_close(found[1][0], found[0][0], atol=1e-4, rtol=1e-4)
+    for name in found[0][1].keys() | found[1][1].keys():  # compiled, what is not used has zeros instead of nothing
+        plain, compiled = (grads.get(name, torch.zeros(())) for _, grads in found)
+        torch.testing.assert_close(compiled, plain.expand_as(compiled), atol=1e-5, rtol=1e-3, msg=name)
 
 
 # --- words ----------------------------------------------------------------------------------------------------------

@@ -334,6 +334,11 @@ def tapped_attention(module, query, key, value, attention_mask, dropout=0.0, sca
 
     tap = getattr(module, "lavender_tap", None)
     if tap is not None:
+        if kwargs.get("cu_seq_lens_q") is not None:
+            raise UserError(
+                "sequences packed by cu_seq_lens need flash attention, which cannot be tapped: pack them by "
+                "position_ids without an attention_mask, or not at all"
+            )
         tap[0].capture(tap[1], module, query, key, attention_mask, scaling, kwargs.get("is_causal"))
     return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
 

@@ -15,6 +15,7 @@ from transformers.configuration_utils import SubConfigSpec
 from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 from transformers.modeling_utils import PreTrainedModel
 
+from pipeline.errors import UserError
 from pipeline.student.openflamingo_lm import LAYERS, language_model
 from pipeline.student.perceiver import GatedCrossAttention, PerceiverResampler
 
@@ -139,8 +140,11 @@ class OpenFlamingo(PreTrainedModel, GenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         image_latents: torch.Tensor | None = None,
         image_of_token: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
         output_attentions: bool | None = None,
-        **_,
+        return_dict: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **unknown,
     ) -> OpenFlamingoOutput:
         """Logits (B, L, V).
 
@@ -149,8 +153,14 @@ class OpenFlamingo(PreTrainedModel, GenerationMixin):
             image_latents: instead of them, what `encode` made of them.
             image_of_token: (B, L) number of image tokens up to and at each position; counted from ``input_ids`` where
                 the whole text is given.
+            labels: (B, L), not shifted, -100 where nothing is learnt; adds the mean cross-entropy as ``loss``.
             output_attentions: return the probabilities (B, H, L, I*Q) of each cross-attention; with attention "eager".
+
+        Raises:
+            UserError: packed sequences, which MPT cannot tell apart, or an argument that is not known.
         """
+        if unknown or output_hidden_states:
+            raise UserError(f"OpenFlamingo does not take {', '.join(unknown) or 'output_hidden_states'}")
         if image_latents is None:
             image_latents = self.encode(pixel_values)
         if image_of_token is None:
@@ -159,6 +169,8 @@ class OpenFlamingo(PreTrainedModel, GenerationMixin):
         sight.latents_BIQC, sight.image_BL = image_latents, image_of_token
         sight.probs = [] if output_attentions else None
         places = {} if position_ids is None else {"position_ids": position_ids}
+        if places and attention_mask is None and input_ids.shape[1] > 1 and self.config.text_config.model_type == "mpt":
+            raise UserError("MPT knows no positions: packed sequences cannot be told apart, give one in each row")
         made = self.lang_encoder(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -169,7 +181,11 @@ class OpenFlamingo(PreTrainedModel, GenerationMixin):
         )
         crossed = None if sight.probs is None else tuple(sight.probs)
         sight.latents_BIQC = sight.image_BL = sight.probs = None
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(made.logits, labels, vocab_size=made.logits.shape[-1])
         return OpenFlamingoOutput(
+            loss=loss,
             logits=made.logits,
             past_key_values=made.past_key_values,
             cross_attentions=crossed,
