@@ -58,6 +58,7 @@ def serve(cfg: Config, port: int = 8765, ready: Callable[[str], object] = print)
     except OSError as error:
         raise UserError(f"port {port} is not free ({error.strerror}): give another with --port") from error
     server.daemon_threads = True
+    library.warm()
     with server:
         ready(f"http://{HOST}:{server.server_port}/")
         server.serve_forever()

@@ -61,6 +61,15 @@ class Library:
 
         return find(self.cfg)
 
+    def warm(self) -> None:
+        """Opens what the page asks for first, so that it is there when somebody looks."""
+        split = self.splits[0]
+        if len(self.archive(split)):
+            self.describe(split, 0)
+            stored = [name for name, there in self.teachers(split).items() if there]
+            if stored:
+                self.maps(split, 0, "teacher", stored[0])
+
     def about(self) -> dict:
         """Names and sizes for the page's controls."""
         counts = {

@@ -322,6 +322,10 @@
     for (const form of ["find", "controls"]) $(form).addEventListener("submit", (event) => event.preventDefault());
     $("list").addEventListener("scroll", drawList, { passive: true });
     addEventListener("resize", drawList);
+    addEventListener("hashchange", () => {
+      const [name, index] = decodeURIComponent(location.hash.slice(1)).split("/");
+      if (name === split && Number(index) >= 0 && Number(index) < about.splits[split]) open(Number(index));
+    });
     $("strength").addEventListener("input", drawAll);
     $("back").addEventListener("click", () => step(-1));
     $("next").addEventListener("click", () => step(1));
