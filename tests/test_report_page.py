@@ -1,14 +1,19 @@
 """The page from synthetic results: every section, escaped texts, pictures that show what they should."""
 
 import re
+import shlex
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.report import gallery, page, plots, theme
+from pipeline import receipts
+from pipeline.config import compose
+from pipeline.report import beside, gallery, page, plots, theme
 from pipeline.report.overlay import encoded, enlarge, outline, overlay
+from pipeline.report.repeat import commands, hydra
 from pipeline.report.stage import _shown
+from pipeline.train import status
 
 EVIL = '<script>alert("x")</script>'
 
@@ -59,13 +64,19 @@ def details():
     }
 
 
+@pytest.fixture
+def one_shape(monkeypatch):
+    """Figures in one width only: drawing takes most of the time."""
+    monkeypatch.setattr(plots, "SHAPES", {"wide": plots.SHAPES["wide"]})
+
+
 def rendered(summary, details, **more):
     curves = {"sft-1": [{"step": s, "ce": 2.0, "align": 0.0} for s in range(5)]}
     given = {"title": EVIL, "commands": "make eval", "facts": [("Data", [("data set", EVIL)])], **more}
     return page.render(page.contents(summary=summary, details=details, curves=curves, **given))
 
 
-def test_sections_and_escaping(summary, details):
+def test_sections_and_escaping(summary, details, one_shape):
     said = [{"text": EVIL, "verdict": "wrong"}]
     row = {"picture": None, "question": EVIL, "kind": "k", "gold": "g", "said": said}
     mistakes = {"arms": ["sft"], "wrong": 1, "asked": 2, "lost": 0, "rows": [row]}
@@ -89,7 +100,7 @@ def test_sections_and_escaping(summary, details):
     assert len(names) == len(set(names)), "two figures share an identifier"
 
 
-def test_every_value_has_its_interval_and_count(summary, details):
+def test_every_value_has_its_interval_and_count(summary, details, one_shape):
     text = rendered(summary, details)
     values = re.findall(r"<b>[−+]?\d\.\d{3}</b>(.{0,120})", text, re.DOTALL)
     assert len(values) > 10
@@ -105,7 +116,7 @@ def test_verdicts_say_what_the_intervals_say(summary):
     assert page.verdicts(summary, ["test"])[0]["state"] == "even"
 
 
-def test_nothing_to_compare(summary, details):
+def test_nothing_to_compare(summary, details, one_shape):
     summary["arms"] = {"base": summary["arms"]["base"]}
     summary["paired"] = {"reference": "base", "covers": "examples", "arms": {}}
     summary["seeds"] = []
@@ -210,3 +221,71 @@ def test_arms_of_the_gallery():
     assert _shown(jobs, "sft", 2) == [base, sft, lavender]
     assert _shown(jobs, "sft", 3) == [base, sft, ("shuffled", "shuffled-1"), lavender]
     assert _shown(jobs[:1], "base", 2) == [base]
+
+
+def test_published_numbers_beside_ours(summary, details, one_shape):
+    """Cells for what the paper does not tell or nobody measured are empty; ours have intervals, in the paper's unit."""
+    cfg = compose(["eval=paper20"])
+    ours = {"mmmu_val": number(0.5, "accuracy"), "ocrbench": number(0.7, "accuracy")}
+    summary["arms"] = {"base": ours, "lavender": {"mmmu_val": number(0.52, "accuracy")}}
+    details["harness"] = {"mme": {"base": {"value": 1700.0, "n": 2374}}}
+    table = beside.published(cfg, summary, details)
+    assert len(table["rows"]) == 20
+    found = {row["head"]: row["cells"] for row in table["rows"]}
+    assert [cell["value"] for cell in found["MMMU"]] == ["48.0", "43.7", "46.3", "50.0", "52.0"]
+    assert found["MMMU"][3] == {"value": "50.0", "interval": "[45.0, 55.0]", "note": "n = 100"}
+    assert found["OCRBench"][3]["value"] == "700"
+    assert found["OCRBench"][4] is None
+    assert (found["MME"][0]["value"], found["MME"][3]["value"], found["MME"][3]["interval"]) == ("1,692", "1,700", "")
+    assert found["MMVet"] == [None] * 5
+    assert table["note"].startswith("3 of 20 benchmarks are measured here. The published numbers were made with")
+    summary["paired"] = {"reference": "base", "covers": "examples", "arms": {}}
+    text = rendered(summary, details, published=table)
+    row = re.search(r"MMVet <small>.*?</tr>", text, re.DOTALL)[0]
+    assert row.count("<td></td>") == 5
+    assert beside.published(compose(), summary, details) is None
+
+
+def test_commands_lead_back_to_the_settings():
+    """What make and the shell make of each line composes the settings of the comparison and of the run."""
+    given = [
+        "data.sizes={train: 24, val: 8}",
+        "runs_dir=/a b",
+        "train.lr=3e-4",
+        "+eval.students.mine=/m",
+        "align.lam=2",
+    ]
+    cfg = compose([*given, "eval.limit=20"])
+    runs = [
+        (arm, seed, receipts.plain(status.settings(compose([*given, f"arm={arm}", f"seed={seed}"]))))
+        for arm, seed in (("sft", 1), ("lavender", 2))
+    ]
+    lines = commands(cfg, runs).splitlines()
+    assert [line.split()[1] for line in lines] == ["train", "train", "eval", "report"]
+    for line, (_, _, settings) in zip(lines[:2], runs, strict=True):
+        assert receipts.plain(status.settings(composed(line))) == settings
+    for line in lines[2:]:
+        found = composed(line)
+        assert (found.eval, found.data, found.train, found.align) == (cfg.eval, cfg.data, cfg.train, cfg.align)
+        assert (found.runs_dir, found.shards_dir) == (cfg.runs_dir, cfg.shards_dir)
+    demo = commands(compose(["runs_dir=runs/demo", "train.steps=5", "eval.arms=[sft]"]), runs)
+    assert demo == 'make demo SEEDS=2 ARMS=sft,lavender ARGS="train.steps=5"'
+
+
+def composed(line):
+    words = shlex.split(line)
+    assert words[0] == "make"
+    variables = dict(word.split("=", 1) for word in words[2:])
+    # make takes `$$` for `$` and hands ARGS to the shell
+    more = shlex.split(variables.pop("ARGS", "").replace("$$", "$"))
+    return compose([*(f"{name.lower()}={value}" for name, value in variables.items()), *more])
+
+
+@pytest.mark.parametrize(
+    "value",
+    [1, 0.5, 1e-5, True, None, "", "a b", "it's", '"x" $y', "null", "1", [1, 2], ["a", "b c"], {"a": 1, "b": "c"}],
+)
+def test_values_come_back_from_hydra(value):
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    assert OverridesParser.create().parse_override(f"x={hydra(value)}").value() == value

@@ -37,10 +37,15 @@ class Maps:
 
     @classmethod
     def read(cls, name: str, folder: Path) -> Maps:
-        """Reads pointing.jsonl, maps.npz and (of an arm) per_sample.jsonl."""
+        """Reads pointing.jsonl, maps.npz and per_sample.jsonl, as far as they are there.
+
+        The teacher has no answers; what a harness asked has no maps.
+        """
         words = {row["uid"]: row for row in read_rows(folder / "pointing.jsonl")}
-        with np.load(folder / "maps.npz", allow_pickle=False) as stored:
-            maps = dict(zip(stored["uid"].tolist(), stored["maps"], strict=True))
+        maps: dict[str, np.ndarray] = {}
+        if (folder / "maps.npz").is_file():
+            with np.load(folder / "maps.npz", allow_pickle=False) as stored:
+                maps = dict(zip(stored["uid"].tolist(), stored["maps"], strict=True))
         answers = {row["uid"]: row for row in read_rows(folder / "per_sample.jsonl")}
         return cls(name, words, maps, answers)
 

@@ -206,13 +206,13 @@ def figures(summary: Mapping, details: Mapping, curves: Mapping) -> dict[str, di
         + ", ".join(f"{what} {entry.get('accuracy', entry.get('value')):.2f}" for what, entry in found.items())
         for arm, found in summary["arms"].items()
     )
-    plans = {
-        "results": (
-            plots.results(summary, tasks),
+    plans = {}
+    if measured := plots.results(summary, tasks):
+        plans["results"] = (
+            measured,
             f"Accuracy and pointing of each arm as points with intervals. {numbers}.",
             "Points are means, bars their 95% intervals.",
         )
-    }
     if change := plots.changes(summary, tasks):
         plans["changes"] = (
             change,

@@ -109,12 +109,14 @@ def _grid_of(panels: int, shape: str) -> tuple[int, int]:
 # --- arms and their differences -------------------------------------------------------------------------------------
 
 
-def results(summary: Mapping, tasks: Sequence[str]) -> Plan:
+def results(summary: Mapping, tasks: Sequence[str]) -> Plan | None:
     """A point with its 95% interval for every arm: accuracy of each task, and pointing beside chance and teacher."""
     arms = list(summary["arms"])
     panels = [(task, f"{task}: accuracy", "accuracy") for task in tasks] + [("pointing", "pointing", "value")]
     panels = [p for p in panels if any(p[0] in entry for entry in summary["arms"].values())]
     teacher = summary.get("teacher") or {}
+    if not panels:
+        return None
 
     def plan(shape: str):
         rows, columns = _grid_of(len(panels), shape)

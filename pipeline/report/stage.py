@@ -66,6 +66,7 @@ def report(cfg: Config) -> StageResult:
 
 def _write(cfg: Config, layout: Layout) -> list[Path]:
     from pipeline.report import facts, plots
+    from pipeline.report.beside import published
     from pipeline.report.page import contents, render
     from pipeline.train.metrics import read
 
@@ -87,7 +88,7 @@ def _write(cfg: Config, layout: Layout) -> list[Path]:
         mistakes=pictures.mistakes(library.picture),
         facts=facts.groups(cfg, summary, details),
         runs=_table(rows, facts.RUN_HEADS) if rows else None,
-        published=None,
+        published=published(cfg, summary, details),
         commands=commands(cfg, [(arm, seed, _settings(layout, arm, seed)) for arm, seed in trained]),
     )
     out = {status.PAGE: render(context).encode()}
@@ -133,6 +134,8 @@ class _Library:
         """The image that a question (`<split>/<key>:<turn>`) is about; None if it has none that can be shown."""
         from pipeline.examples import ImageError, decode
 
+        if self._cfg.eval.suite:  # a harness has its own data
+            return None
         split, _, rest = uid.rpartition("/")
         key, archive = rest.partition(":")[0], self._archive(split)
         shard = next((one for one in map(archive.shard, range(len(archive.shards))) if key in one.keys), None)
@@ -156,7 +159,7 @@ class _Pictures:
         self.measured = bool(uids)
         if uids:
             self.words = gallery.measured(uids, self.arms, find)
-        elif cfg.report.words and cfg.report.look:
+        elif cfg.report.words and cfg.report.look and not cfg.eval.suite:
             self.words = self._look(cfg, layout, find, dict(shown))
         else:
             self.words = []
