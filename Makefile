@@ -4,7 +4,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help env demo shard precompute train eval report browse verify results world bench-data \
-	bench-teacher bench-browse faults test test-full lint format clean
+	bench-teacher bench-browse bench-student faults test test-full lint format clean
 
 # What to work on; empty means the default of conf/config.yaml (the embedded world, offline).
 DATA ?=
@@ -102,6 +102,9 @@ bench-teacher: $(READY)  ## what the capture of maps costs, beside the bare forw
 
 bench-browse: $(READY)  ## how fast `make browse` is over 130,000 examples, in Chromium [ARGS="--examples 10000"]
 	@$(PYTHON) -m benchmarks.browse $(ARGS)
+
+bench-student: $(READY)  ## what alignment costs a training step [ARGS="--families mllama --pairs 5"]
+	@$(PYTHON) -m benchmarks.student $(ARGS)
 
 faults: $(READY)  ## damage to the caches on purpose, and what comes of it [ARGS="--kills 20 --flips 200"]
 	@$(PYTHON) -m benchmarks.faults $(ARGS)

@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -215,6 +216,31 @@ def test_teacher_targets_are_the_words_own_maps(opened):
         row = [tuple(w) for w in stored.words].index(tuple(word))
         np.testing.assert_array_equal(target, stored.maps[row].astype(np.float32) / 255)
     assert valid.all()
+
+
+def test_maps_of_finer_spans_are_put_together_for_their_word(opened):
+    """A store by the teacher's tokens: the mean of the raw maps of all spans that share a character with the word."""
+    archive, _ = opened
+    example = archive[3]
+    first, second, third = [word for word in example.words() if word.turn == 0][:3]
+    middle = (first.start + first.end) // 2
+    spans = [
+        first._replace(end=middle),
+        first._replace(start=middle),
+        second,
+        third._replace(start=third.start + 1),
+        first._replace(turn=first.turn + 7),
+    ]
+    rng = np.random.default_rng(0)
+    maps = rng.integers(0, 256, (5, 32, 32), dtype=np.uint8)
+    span = np.float32([[0, 1], [2, 6], [0, 3], [1, 2], [0, 9]])
+    stored = ExampleMaps(example.key, spans, maps, span, np.uint8([0, 0, 0, 1, 0]))
+    teacher = open_targets("teacher", archive, SimpleNamespace(get=lambda key: stored), seed=1)
+    found, valid = teacher(3, example, [first, second, third])
+    assert valid.tolist() == [True, True, False], "the third word's only part has no map"
+    mean = (maps[0] / 255 + 2 + maps[1] / 255 * 4) / 2
+    np.testing.assert_allclose(found[0], (mean - mean.min()) / (mean.max() - mean.min()), atol=1e-5)
+    np.testing.assert_array_equal(found[1], maps[2].astype(np.float32) / 255)
 
 
 def test_shuffled_targets_come_from_one_other_image_each(opened):

@@ -30,7 +30,7 @@ class Aligner(nn.Module):
             blocks.append(nn.Conv2d(inputs, outputs, 3, padding=1, bias=False))
             if place not in (2, 3) or place == len(widths) - 2:
                 blocks.append(nn.InstanceNorm2d(outputs))
-            blocks.append(nn.ReLU6())
+            blocks.append(nn.ReLU6(inplace=True))
         self.body = nn.Sequential(*blocks, nn.Conv2d(heads, 1, 1))
 
     def forward(self, maps_NHSS: torch.Tensor) -> torch.Tensor:

@@ -42,7 +42,11 @@ def open_targets(kind: str, archive: Archive, maps: MapStore | None, seed: int) 
 
 
 class FromTeacher:
-    """The word's own map, found by (turn, start, end)."""
+    """The word's own map, found by (turn, start, end).
+
+    In a store of finer spans (``teacher.unit=token``) a word's map is the mean, before scaling, of those that share a
+    character with it.
+    """
 
     def __init__(self, maps: MapStore):
         self.maps = maps
@@ -50,7 +54,24 @@ class FromTeacher:
     def __call__(self, index: int, example: Example, words: list[Word]) -> tuple[np.ndarray, np.ndarray]:
         stored = self.maps.get(example.key)
         rows = {} if stored is None else {tuple(word): row for row, word in enumerate(stored.words)}
-        return _take(stored, [rows.get(tuple(word)) for word in words])
+        own = [rows.get(tuple(word)) for word in words]
+        maps_WHW, valid_W = _take(stored, own)
+        if stored is None or None not in own:
+            return maps_WHW, valid_W
+        raw_RHW = stored.raw()
+        for place in (place for place, row in enumerate(own) if row is None):
+            parts = [row for row, span in enumerate(stored.words) if _meet(span, words[place])]
+            usable = [row for row in parts if stored.status[row] == 0]
+            if usable:
+                mean_HW = raw_RHW[usable].mean(0)
+                low, high = mean_HW.min(), mean_HW.max()
+                if high > low:
+                    maps_WHW[place], valid_W[place] = (mean_HW - low) / (high - low), True
+        return maps_WHW, valid_W
+
+
+def _meet(span: Word, word: Word) -> bool:
+    return span.turn == word.turn and span.start < word.end and word.start < span.end
 
 
 class Shuffled:

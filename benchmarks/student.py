@@ -1,0 +1,422 @@
+"""What alignment costs a training step, beside the plain step and beside the authors' way.
+
+    python -m benchmarks.student [--families mllama,qwen2_5_vl] [--pairs 5] [--json FILE]
+
+Models of the real width, cut in depth, with random weights: `mllama` is Llama-3.2-11B-Vision with 5 of its 40 text
+layers, one of which attends to the 6,404 keys of four image tiles (8 in 40), and `qwen2_5_vl` is Qwen2.5-VL-7B with 2
+of its 28 layers and 144 image tokens among the text. Vision towers and vocabularies are cut likewise. One example of
+about 128 text tokens, LoRA as in the paper's code, AdamW. The image's features are computed once and given to all
+arms; the whole step, vision tower included, is timed once.
+
+Arms, which take turns in one process on one model:
+
+- `plain`: language loss only, fused attention, no tap;
+- `ours`: the same step with the tap and the alignment loss;
+- `eager`: the way of the code released with the paper: eager attention with `output_attentions`, every layer's maps
+  kept, folded, resized and sent through the Aligner for every text position.
+
+A ratio of times is the median over pairs of neighbouring steps; its interval is that of the order statistics (with five
+pairs the lowest and the highest: 94%). Memory is the peak of a process of its own for each arm above what it holds
+between two steps: weights and optimizer state. Both are measured with and without gradient checkpointing; the keys
+without a suffix are the worse of the two.
+"""
+
+import argparse
+import ctypes
+import gc
+import io
+import json
+import math
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.nn import functional
+
+from pipeline.align.aligner import Aligner
+from pipeline.align.config import AlignConfig
+from pipeline.align.loss import AlignmentLoss, min_max
+from pipeline.align.released import folded_image, folded_tiles
+from pipeline.examples import Example, Turn
+from pipeline.student.batch import IGNORED, StudentBatch
+from pipeline.student.capture import NAME, AttentionTap
+from pipeline.student.family import Family
+from pipeline.world.student import TEMPLATE, build_tokenizer
+
+ARMS = ("plain", "ours", "eager")
+FAMILIES = ("mllama", "qwen2_5_vl")
+QUESTION = "What is going on in this picture? Answer in some detail."
+ANSWER = """A man in a red jacket rides a brown horse along the beach while two black dogs run behind him through the
+shallow water. On the left a woman with a yellow umbrella watches them from a wooden chair, and a small child beside her
+builds a castle of wet sand with a green bucket. Three white boats lie on the blue sea, their sails catch the wind, and
+far behind them grey clouds hang over the hills. A fishing net dries on a fence next to a stone hut whose door stands
+open.""".replace("\n", " ")
+CHATML = (
+    "{%- for message in messages %}{{- '<|im_start|>' + message['role'] + '\n' }}"
+    "{%- for part in message['content'] %}{%- if part['type'] == 'image' %}"
+    "{{- '<|vision_start|><|image_pad|><|vision_end|>' }}{% else %}{{- part['text'] | trim }}{% endif %}{% endfor %}"
+    "{{- '<|im_end|>\n' }}{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def llama(size: str, align: AlignConfig) -> tuple[torch.nn.Module, Family, tuple[int, int]]:
+    """Llama-3.2-11B-Vision with an eighth of its depth and vocabulary, its family, and the size of an image of four
+    full tiles; or the same, tiny."""
+    from transformers import MllamaConfig, MllamaForConditionalGeneration, MllamaProcessor
+    from transformers.models.mllama.image_processing_pil_mllama import (
+        MllamaImageProcessorPil,
+        get_all_supported_aspect_ratios,
+    )
+
+    from pipeline.student.mllama import Mllama
+
+    real = size == "real"
+    tokenizer = build_tokenizer([QUESTION, ANSWER] * 4, 560)
+    tile = 560 if real else 56
+    processor = MllamaProcessor(
+        MllamaImageProcessorPil(size={"height": tile, "width": tile}, max_image_tiles=4),
+        tokenizer,
+        chat_template=TEMPLATE,
+    )
+    image_id = tokenizer.convert_tokens_to_ids("<|image|>")
+    config = MllamaConfig(
+        text_config={
+            "vocab_size": 128256 // 8 if real else image_id,
+            "hidden_size": 4096 if real else 64,
+            "intermediate_size": 14336 if real else 128,
+            "num_hidden_layers": 5,
+            "cross_attention_layers": [3],
+            "num_attention_heads": 32 if real else 4,
+            "num_key_value_heads": 8 if real else 2,
+            "pad_token_id": tokenizer.pad_token_id,
+        },
+        vision_config={
+            "hidden_size": 1280 if real else 32,
+            "intermediate_size": 5120 if real else 64,
+            "attention_heads": 16 if real else 2,
+            "num_hidden_layers": 4,
+            "num_global_layers": 1,
+            "intermediate_layers_indices": [0, 1, 2, 3],
+            "vision_output_dim": (1280 if real else 32) * 5,
+            "image_size": tile,
+            "patch_size": 14,
+            "supported_aspect_ratios": [list(ratio) for ratio in get_all_supported_aspect_ratios(4)],
+        },
+        image_token_index=image_id,
+    )
+    model = random_weights(MllamaForConditionalGeneration, config, real)
+    return model, Mllama(processor, align=align), (2 * tile, 2 * tile)
+
+
+def qwen(size: str, align: AlignConfig) -> tuple[torch.nn.Module, Family, tuple[int, int]]:
+    """Qwen2.5-VL-7B with a fourteenth of its depth and vocabulary, its family, and the size of an image of 144 tokens;
+    or the same, tiny."""
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    from pipeline.student.native import Native, Parts
+
+    real = size == "real"
+    tokenizer = build_tokenizer([QUESTION, ANSWER] * 4, 560)
+    control = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|video_pad|>", "<|image_pad|>")
+    tokenizer.add_special_tokens({"additional_special_tokens": list(control)})
+    ids = {f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<|{name}_pad|>") for name in ("image", "video")}
+    ids |= {
+        f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in ("vision_start", "vision_end")
+    }
+    config = Qwen2_5_VLConfig(
+        text_config={
+            "vocab_size": 152064 // 14 if real else 640,
+            "hidden_size": 3584 if real else 64,
+            "intermediate_size": 18944 if real else 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 28 if real else 4,
+            "num_key_value_heads": 4 if real else 2,
+            "max_position_embeddings": 4096,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e6,
+                "mrope_section": [16, 24, 24] if real else [2, 3, 3],
+            },
+            "pad_token_id": tokenizer.pad_token_id,
+        },
+        vision_config={
+            "hidden_size": 1280 if real else 32,
+            "intermediate_size": 3420 if real else 64,
+            "num_heads": 16 if real else 2,
+            "depth": 2,
+            "fullatt_block_indexes": [1],
+            "out_hidden_size": 3584 if real else 64,
+        },
+        **ids,
+    )
+    model = random_weights(Qwen2_5_VLForConditionalGeneration, config, real)
+    family = Native(Parts(tokenizer, Qwen2VLImageProcessorPil(), CHATML, ""), align=align)
+    side = 336 if real else 112
+    return model, family, (side, side)
+
+
+def random_weights(kind: type, config, real: bool) -> torch.nn.Module:
+    """A model whose weights repeat a few random numbers, which takes seconds where drawing all would take minutes."""
+    with torch.device("meta"):
+        model = kind._from_config(config, dtype=torch.bfloat16 if real else torch.float32)
+    drawn = torch.randn(1 << 20) * 0.02
+    with torch.no_grad():
+        model.to_empty(device="cpu")
+        for module in model.modules():  # frequencies of rotary embeddings and the like
+            if any(True for _ in module.buffers(recurse=False)):
+                model._init_weights(module)
+        for name, weight in model.named_parameters():
+            if weight.ndim == 1:
+                weight.fill_(0.5 if "gate" in name else float(name.endswith("weight")))
+            else:
+                flat = weight.view(-1)
+                for start in range(0, len(flat), len(drawn)):
+                    flat[start : start + len(drawn)] = drawn[: len(flat) - start]
+    return model
+
+
+class Bench:
+    """One family's model, batch and arms."""
+
+    def __init__(self, family: str, size: str, checkpointed: bool):
+        from peft import LoraConfig, get_peft_model
+
+        torch.manual_seed(0)
+        align = AlignConfig()
+        model, self.family, (height, width) = {"mllama": llama, "qwen2_5_vl": qwen}[family](size, align)
+        self.family.prepare(model)
+        self.batch = self._batch(height, width)
+        self.inner = model
+        model.requires_grad_(False)
+        if checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.model = get_peft_model(
+            model, LoraConfig(r=8, lora_alpha=32, lora_dropout=0.05, target_modules=["q_proj", "v_proj"])
+        )
+        if checkpointed:
+            self.model.enable_input_require_grads()
+        self.model.train()
+        self.tap = AttentionTap(self.model, self.family)
+        self.text = next(iter(self.tap.layers.values())).config
+        self.align = AlignmentLoss.for_tap(self.tap, align)
+        self.theirs = Aligner(self.text.num_attention_heads)
+        self.layers = list(self.tap.layers)
+        self.tap.close()
+        weights = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW([*weights, *self.align.parameters(), *self.theirs.parameters()], lr=1e-4)
+        with torch.no_grad():
+            self._keep_features()
+
+    def _batch(self, height: int, width: int) -> StudentBatch:
+        pixels = np.random.default_rng(0).integers(0, 255, (height, width, 3), dtype=np.uint8)
+        out = io.BytesIO()
+        Image.fromarray(pixels).save(out, "png")
+        turns = (Turn("user", QUESTION), Turn("assistant", ANSWER))
+        batch = self.family.encode([Example("0", out.getvalue(), "png", turns, "", "", "")])
+        batch.targets = torch.rand(len(batch.words), 32, 32)
+        batch.valid = torch.ones(len(batch.words), dtype=torch.bool)
+        return batch
+
+    def _keep_features(self) -> None:
+        """Replaces the image by its features, for all arms alike."""
+        self.pixels = self.batch.inputs
+        inputs, core = dict(self.pixels), self.inner.model
+        if "cross_attention_mask" in inputs:
+            taken = {n: inputs.pop(n) for n in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")}
+            taken["pixel_values"] = taken["pixel_values"].to(self.inner.dtype)
+            states = core.multi_modal_projector(core.vision_model(**taken).last_hidden_state)
+            inputs["cross_attention_states"] = states.flatten(0, -3).reshape(-1, states.shape[-2], states.shape[-1])
+        else:
+            made = core.visual(inputs["pixel_values"].to(self.inner.dtype), grid_thw=inputs["image_grid_thw"])
+            self.visual = core.visual.forward
+            kind, parts = type(made), dict(made)
+            core.visual.forward = lambda *args, **kwargs: kind(**parts)  # a new one, as the model changes it
+        self.inputs = inputs
+
+    def loss(self, arm: str, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """What an arm minimises, after its forward."""
+        labels_BL = functional.pad(self.batch.labels[:, 1:], (0, 1), value=IGNORED)
+        needed_P = (labels_BL != IGNORED).any(0).nonzero().squeeze(1)
+        more = {"output_attentions": True} if arm == "eager" else {}
+        if arm == "ours":
+            self.tap.rows(self.batch.words)
+        out = self.model(**inputs, logits_to_keep=needed_P, use_cache=False, **more)
+        ce = functional.cross_entropy(out.logits.float().flatten(0, 1), labels_BL[:, needed_P].flatten())
+        if arm == "ours":
+            return ce + 5.0 * self.align(self.tap, self.batch)
+        if arm == "eager":
+            return ce + 5.0 * self._released(out.attentions)
+        return ce
+
+    def _released(self, attentions: Sequence[torch.Tensor]) -> torch.Tensor:
+        batch, words = self.batch, self.batch.words
+        length = batch.labels.shape[1]
+        maps = []
+        image_L = self.pixels["input_ids"][0] == getattr(self.inner.config, "image_token_id", -1)
+        for index in self.layers:
+            probs_LHK = attentions[index][0].transpose(0, 1).float()
+            text_RHK = probs_LHK[~image_L]
+            if "cross_attention_mask" in batch.inputs:
+                squares = folded_tiles(text_RHK, torch.full((len(text_RHK),), 4), 4)
+            else:
+                where = torch.zeros(len(text_RHK), dtype=torch.long)
+                squares = folded_image(text_RHK, batch.planes.columns.flatten(1), batch.planes, where)
+            maps.append(self.theirs(squares))
+        rows_RSS = min_max(torch.stack(maps).mean(0))
+        place_L = torch.zeros(length, dtype=torch.long)
+        place_L[~image_L] = torch.arange(len(rows_RSS))
+        picked = rows_RSS[place_L[words.row_pos]]
+        return (picked - batch.targets[words.row_word]).square().mean()
+
+    def start(self, arm: str) -> None:
+        """Puts the model into an arm's attention."""
+        self.tap.close()
+        self.inner.set_attn_implementation({"text_config": "eager" if arm == "eager" else "sdpa"})
+        if arm == "ours":
+            self.tap = AttentionTap(self.model, self.family)
+            assert self.text._attn_implementation == NAME
+
+    def step(self, arm: str, whole: bool = False) -> float:
+        """Seconds of one training step of an arm that was started."""
+        inputs = self.inputs
+        if whole:
+            inputs = self.pixels | {"pixel_values": self.pixels["pixel_values"].to(self.inner.dtype)}
+            if hasattr(self, "visual"):
+                self.inner.model.visual.forward = self.visual
+        began = time.perf_counter()
+        self.loss(arm, inputs).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return time.perf_counter() - began
+
+
+def interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """Median and the order statistics that hold the true one with at least 93%."""
+    ordered = sorted(values)
+    count, depth = len(ordered), 0
+    while 2 * sum(math.comb(count, k) for k in range(depth + 2)) / 2**count <= 0.07:
+        depth += 1
+    return statistics.median(ordered), ordered[depth], ordered[-1 - depth]
+
+
+def timings(bench: Bench, pairs: int) -> dict[str, float]:
+    """Ratios of neighbouring steps, after one round to warm up; the arms take turns, and who begins changes."""
+    seconds: dict[str, list[float]] = {arm: [] for arm in ARMS}
+    for turn in range(pairs + 1):
+        order = ARMS if turn % 2 else (ARMS[1], ARMS[0], ARMS[2])
+        for arm in order:
+            bench.start(arm)
+            gc.collect()
+            took = bench.step(arm)
+            if turn:
+                seconds[arm].append(took)
+    found = {f"{arm}_seconds": statistics.median(seconds[arm]) for arm in ARMS}
+    for name, above, below in (("align_time_ratio", "ours", "plain"), ("eager_time_ratio", "eager", "ours")):
+        ratios = [a / b for a, b in zip(seconds[above], seconds[below], strict=True)]
+        found[name], found[f"{name}_low"], found[f"{name}_high"] = interval(ratios)
+    return found
+
+
+def peak(bench: Bench, arm: str) -> int:
+    """Bytes that a step of an arm needs above what is held between two steps."""
+    bench.start(arm)
+    bench.step(arm)
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    bench.step(arm)
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024 - before
+
+
+def in_process(args: argparse.Namespace, *more: str) -> dict:
+    """The last line that this module prints in a process of its own, as JSON."""
+    command = [sys.executable, "-m", "benchmarks.student", "--size", args.size, "--threads", str(args.threads),
+               "--pairs", str(args.pairs), *more]  # fmt: skip
+    # Blocks of a size that counts go back to the system when they are freed, so that a peak is a peak of what is used.
+    limits = {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576"} if "--memory-of" in more else {}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | limits)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure(family: str, args: argparse.Namespace) -> dict[str, float]:
+    """All numbers of one family."""
+    found: dict[str, float] = {}
+    for setting in ("stored", "checkpointed"):
+        where = ("--families", family, *(("--checkpointed",) if setting == "checkpointed" else ()))
+        part = in_process(args, "--time", *where)
+        memory = {arm: in_process(args, "--memory-of", arm, *where)["bytes"] for arm in ARMS}
+        part |= {f"{arm}_megabytes": memory[arm] / 1e6 for arm in ARMS}
+        part["align_memory_ratio"] = memory["ours"] / memory["plain"]
+        part["eager_memory_ratio"] = memory["eager"] / memory["ours"]
+        for arm in ARMS:
+            print(
+                f"{family:<12} {setting:<13} {arm:<6} {part[f'{arm}_seconds']:8.2f} s"
+                f" {part[f'{arm}_megabytes']:8.0f} MB above weights and optimizer state",
+                flush=True,
+            )
+        shared = ("words", "rows", "tokens", "parameters")
+        found |= {f"{family}_{name}": part.pop(name) for name in shared}
+        found |= {f"{family}_{name}_{setting}": value for name, value in part.items()}
+    for name, worse in (
+        ("align_time_ratio", max),
+        ("align_memory_ratio", max),
+        ("eager_time_ratio", min),
+        ("eager_memory_ratio", min),
+    ):
+        found[f"{family}_{name}"] = worse(found[f"{family}_{name}_{way}"] for way in ("stored", "checkpointed"))
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--families", default=",".join(FAMILIES))
+    parser.add_argument("--size", choices=("real", "tiny"), default="real")
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--checkpointed", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--time", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--memory-of", choices=ARMS, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    families = args.families.split(",")
+    if unknown := sorted(set(families) - set(FAMILIES)):
+        parser.error(f"--families {unknown[0]}: choose some of {', '.join(FAMILIES)}")
+    if args.time or args.memory_of:
+        bench = Bench(families[0], args.size, args.checkpointed)
+        if args.memory_of:
+            print(json.dumps({"bytes": peak(bench, args.memory_of)}))
+            return 0
+        found = timings(bench, args.pairs)
+        bench.start("ours")
+        found["whole_step_seconds"] = bench.step("ours", whole=True)
+        words = bench.batch.words
+        found |= {"words": len(words), "rows": len(words.row_word), "tokens": bench.batch.labels.shape[1]}
+        found["parameters"] = sum(p.numel() for p in bench.inner.parameters())
+        print(json.dumps(found))
+        return 0
+    result: dict = {"size": args.size, "threads": args.threads, "pairs": args.pairs, "device": "cpu"}
+    for family in families:
+        result |= measure(family, args)
+    result = {name: round(value, 4) if isinstance(value, float) else value for name, value in result.items()}
+    print(f"RESULT {json.dumps(result)}")
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
