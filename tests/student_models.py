@@ -54,7 +54,7 @@ NATIVE = (
     "paligemma",
 )
 FLAMINGOS = {"openflamingo-3b": ("mosaic_gpt", 1), "openflamingo-4b": ("gpt_neox", 2), "openflamingo-9b": ("mpt", 4)}
-KINDS = ("mllama", *NATIVE, *FLAMINGOS)
+KINDS = ("mllama", "minicpm-llama3-v25", *NATIVE, *FLAMINGOS)
 
 
 def tokenizer(template: str, image: str, special: tuple[str, ...] = (), **named: str):
@@ -397,6 +397,10 @@ def build_student(kind: str, directory: Path):
 
         build_mllama(directory, TEXTS, max_num_tiles=4, image_size=32, vocabulary=400)
         return ModelConfig(name=kind, path=str(directory))
+    if kind == "minicpm-llama3-v25":
+        from minicpm_models import build_minicpm
+
+        return ModelConfig(name=kind, path=str(build_minicpm(directory)))
     if kind in FLAMINGOS:
         return ModelConfig(name=kind, **build_openflamingo(kind, directory))
     return ModelConfig(name=kind, path=str(build(kind, directory)))

@@ -415,7 +415,7 @@ def features(student, pixels: np.ndarray):
     first = (relays or list(student.family.layers(student.model).values()))[0]
     saved, kept = {}, []
     for name, weight in student.model.named_parameters():
-        if ("vision" in name or "visual" in name) and name.endswith(MIXING):
+        if ("vision" in name or "visual" in name or "vpm" in name) and name.endswith(MIXING):
             saved[name] = weight.detach().clone()
             weight.data.zero_()
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 # `model_type` of a model's config -> the module of its family and the class in it
 FAMILIES = {
     "mllama": ("pipeline.student.mllama", "Mllama"),
+    "minicpmv": ("pipeline.student.minicpm", "MiniCPM"),
     "openflamingo": ("pipeline.student.openflamingo", "OpenFlamingoFamily"),
     "paligemma": ("pipeline.student.paligemma", "PaliGemma"),
     **dict.fromkeys(
