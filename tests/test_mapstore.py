@@ -1,5 +1,6 @@
 """The map store: what goes in comes out, and damage never reads as maps."""
 
+import multiprocessing
 import pickle
 import shutil
 
@@ -10,9 +11,20 @@ from quick_disk import quick_disk  # noqa: F401 (used by every test)
 
 from pipeline import receipts
 from pipeline.examples import Word
+from pipeline.mapstore import chunks
 from pipeline.mapstore.read import Group, MapStore
 from pipeline.mapstore.schema import PROFILES, SIDE, STATUS, ExampleMaps, example_maps, pack, unpack
 from pipeline.mapstore.write import write_shard
+
+
+@pytest.fixture(params=["zarrs", "by hand"])
+def reader(request, monkeypatch):
+    """Both ways to decode chunks; what a test says holds for either."""
+    if request.param == "zarrs":
+        pytest.importorskip("zarrs")
+    else:
+        monkeypatch.setattr(chunks, "installed", lambda: False)
+    return request.param
 
 
 def blobs(rng, count):
@@ -53,7 +65,7 @@ def restamp(folder, name="00000"):
 
 
 @pytest.mark.parametrize("profile", PROFILES)
-def test_maps_come_back(tmp_path, profile):
+def test_maps_come_back(tmp_path, profile, reader):
     maps = store(tmp_path, profile=profile)
     assert maps.shards == ["00000", "00001"]
     for name in maps.shards:
@@ -152,11 +164,11 @@ def test_an_empty_shard(tmp_path):
 
 
 @pytest.mark.parametrize("profile", PROFILES)
-def test_every_flipped_bit_is_found(tmp_path, profile):
+def test_every_flipped_bit_is_found(tmp_path, profile, reader):
     store(tmp_path, ["00000"], profile)
     rng = np.random.default_rng(1)
     files = sorted(file for file in (tmp_path / "00000.zarr").rglob("*") if file.is_file() and file.name != "zarr.json")
-    for _ in range(60):
+    for _ in range(40):
         file = files[rng.integers(len(files))]
         sound = file.read_bytes()
         position = int(rng.integers(len(sound)))
@@ -179,7 +191,7 @@ def test_a_changed_description_is_found(tmp_path):
         file.write_bytes(sound)
 
 
-def test_missing_empty_and_swapped_chunks_are_found(tmp_path):
+def test_missing_empty_and_swapped_chunks_are_found(tmp_path, reader):
     folder = tmp_path / "store"
     store(folder)
     file = folder / "00000.zarr" / "maps" / "c" / "0" / "0" / "0"
@@ -202,7 +214,7 @@ def test_missing_empty_and_swapped_chunks_are_found(tmp_path):
         else:
             file.write_bytes(changed)
         maps = restamp(folder)
-        with pytest.raises(receipts.Damaged, match=r"00000\.zarr.*000000000[02]"):
+        with pytest.raises(receipts.Damaged, match=r"00000\.zarr.*0000000002"):
             maps.get("0000000002")
     file.write_bytes(sound)
     shutil.copytree(folder / "00001.zarr", folder / "00000.zarr", dirs_exist_ok=True)
@@ -219,3 +231,67 @@ def test_presence_proves_nothing(tmp_path):
     with pytest.raises(receipts.Damaged, match=r"manifest\.json"):
         MapStore(tmp_path)
     assert MapStore(tmp_path, partial=True).shards == ["00000"]
+
+
+# --- zarrs ---
+
+
+def test_zarrs_reads_every_chunk(tmp_path, monkeypatch):
+    pytest.importorskip("zarrs")
+    store(tmp_path)
+    monkeypatch.setattr(Group, "_read_by_hand", lambda *_: pytest.fail("read by hand"))
+    group = MapStore(tmp_path).group("00000")
+    for row, found in zip(rows("00000"), group.load(), strict=True):
+        assert np.array_equal(found.maps, row.maps)
+        assert np.array_equal(group.get(row.key).maps, row.maps)
+
+
+def test_files_of_many_chunks(tmp_path, reader, monkeypatch):
+    """Reads that lie across the files of the array."""
+    monkeypatch.setattr("pipeline.mapstore.write.SHARD", 128)
+    made = rows("00000", (100, 60, 200, 3))
+    write_shard(tmp_path / "00000.zarr", made)
+    assert len(list((tmp_path / "00000.zarr" / "maps" / "c").iterdir())) == 3
+    for row in made:
+        assert np.array_equal(Group(tmp_path / "00000.zarr", "00000").get(row.key).maps, row.maps)
+
+
+def test_a_missing_chunk_of_zeros_is_not_taken_for_zeros(tmp_path, reader):
+    words = [Word(0, n, n + 1) for n in range(64)]
+    nothing = np.zeros((64, SIDE, SIDE), np.float32)
+    made = [
+        example_maps("0000000000", words, blobs(np.random.default_rng(0), 64)),
+        example_maps("0000000001", words, nothing, np.zeros(64, bool)),
+    ]
+    write_shard(tmp_path / "00000.zarr", made)
+    group = Group(tmp_path / "00000.zarr", "00000")
+    assert not group.get("0000000001").maps.any()
+    file = tmp_path / "00000.zarr" / "maps" / "c" / "0" / "0" / "0"
+    sound = file.read_bytes()
+    index = np.frombuffer(sound[-36:-4], "<u8").copy()
+    index[2:] = 2**64 - 1  # as Zarr marks a chunk that was never written
+    import google_crc32c
+
+    tail = index.tobytes()
+    file.write_bytes(sound[:-36] + tail + google_crc32c.value(tail).to_bytes(4, "little"))
+    assert not zarr.open_array(str(tmp_path / "00000.zarr" / "maps"), mode="r")[64:].any()  # the trap
+    with pytest.raises(receipts.Damaged, match=r"00000\.zarr.*0000000001"):
+        Group(tmp_path / "00000.zarr", "00000").get("0000000001")
+
+
+def test_a_fork_reads_too(tmp_path):
+    """The threads of zarrs do not come along with a fork, and it would wait for them for ever."""
+    store(tmp_path)
+    maps = MapStore(tmp_path)
+    expected = maps.get("0000000002").maps
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    child = context.Process(
+        target=lambda: results.put(
+            [np.array_equal(s.get("0000000002").maps, expected) for s in (MapStore(tmp_path), maps)]
+        )
+    )
+    child.start()
+    assert results.get(timeout=60) == [True, True]
+    child.join()
+    assert chunks.usable() == chunks.installed()  # here nothing has changed

@@ -1,5 +1,6 @@
 """The training stream: examples with their maps, batch after batch, resumable at any position."""
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -112,7 +113,7 @@ class Stream:
         return self._ends[-1]
 
     def __getitem__(self, index: int) -> Sample:
-        which = int(np.searchsorted(self._ends, index, side="right"))
+        which = bisect_right(self._ends, index)
         example = self.archives[which][index - (self._ends[which] - len(self.archives[which]))]
         store = self.maps[which]
         maps = store.get(example.key) if store is not None else None
