@@ -1,11 +1,13 @@
 """Examples by number: a table of offsets and one positioned read per member, every byte checked."""
 
+import hashlib
 import json
 import os
 import zlib
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +21,8 @@ class Archive(Sequence[Example]):
     """The examples of one split, in the order of their keys.
 
     Opening checks the manifest and every shard's receipt, sizes and times; a shard is hashed in full when it is first
-    used, which also brings it into memory in one sequential read, and each example's bytes are compared with its CRC-32
-    on every read. Instances can be sent to workers and used from several threads.
+    used, which also brings it into memory in one sequential read, and each example's bytes are compared with their
+    checksum on every read. Instances can be sent to workers and used from several threads.
 
     Args:
         hashed: without it shards are not hashed; for who reads a few examples of many, whose CRC-32 are checked all
@@ -57,12 +59,19 @@ class Archive(Sequence[Example]):
     @property
     def keys(self) -> list[str]:
         """Keys of all examples, in order."""
-        return [key for number in range(len(self.shards)) for key in self.shard(number).keys]
+        return [key for number in range(len(self.shards)) for key in self._column(number, "key")]
 
     @property
     def lengths(self) -> np.ndarray:
         """(N,) characters of every example, for batches of similar length."""
-        return np.concatenate([self.shard(number).chars for number in range(len(self.shards))])
+        return np.concatenate([self._column(number, "chars") for number in range(len(self.shards))])
+
+    def _column(self, number: int, name: str) -> np.ndarray | list:
+        """From the table alone: no tar is hashed for it."""
+        opened = self._open.get(number)
+        if opened is not None:
+            return opened.keys if name == "key" else opened.chars
+        return _table_of(self._receipts[number])[name]
 
     def shard_of(self, index: int) -> int:
         """Number of the shard that holds example `index`."""
@@ -110,10 +119,7 @@ class Shard(Sequence[Example]):
 
     def __init__(self, receipt: receipts.Receipt, hashed: bool = True):
         self.path = path = receipt.path.with_suffix(".tar")
-        if hashed and receipts.file_sha256(path) != receipt.files[path.name].sha256:
-            raise receipts.Damaged(f"{path}: its content has changed: run the shard stage again")
-        table_path = path.with_suffix(".parquet")
-        table = _read_table(table_path, receipt.files[table_path.name].sha256)
+        table = _table_of(receipt)
         self.keys: list[str] = table["key"]
         self.ext: list[str] = table["ext"]
         self.chars: np.ndarray = table["chars"]
@@ -122,6 +128,9 @@ class Shard(Sequence[Example]):
             for member in ("image", "json")
         )
         self._file = os.open(path, os.O_RDONLY)
+        self._sum = zlib.crc32
+        if hashed:
+            self._hash(receipt.files[path.name].sha256)
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -149,18 +158,50 @@ class Shard(Sequence[Example]):
 
     def _read(self, row: int, member_N3: np.ndarray) -> bytes:
         offset, size, crc = member_N3[row].tolist()
-        data = os.pread(self._file, size, offset)
-        while 0 < len(data) < size and (rest := os.pread(self._file, size - len(data), offset + len(data))):
-            data += rest
-        if len(data) != size or zlib.crc32(data) != crc:
+        data = self._bytes(offset, size)
+        if len(data) != size or self._sum(data) != crc:
             raise receipts.Damaged(
                 f"{self.path}: the bytes of example {self.keys[row]} have changed: run the shard stage again"
             )
         return data
 
+    def _bytes(self, offset: int, size: int) -> bytes:
+        data = os.pread(self._file, size, offset)
+        while 0 < len(data) < size and (rest := os.pread(self._file, size - len(data), offset + len(data))):
+            data += rest
+        return data
+
+    def _hash(self, sha256: str) -> None:
+        """Hashes the tar in one sequential pass and notes the CRC-32C of every member on the way.
+
+        Later reads are compared with these: the table's CRC-32 takes ten times as long, and would be the dearest part
+        of reading an image.
+        """
+        import google_crc32c
+
+        places = [(members[row, 0], members, row) for members in (self._image, self._json) for row in range(len(self))]
+        whole, at = hashlib.sha256(), 0
+        for start, members, row in sorted((place for place in places if place[0] >= 0), key=itemgetter(0)):
+            header, data = self._bytes(at, int(start) - at), self._bytes(int(start), int(members[row, 1]))
+            whole.update(header)
+            whole.update(data)
+            at += len(header) + len(data)
+            members[row, 2] = google_crc32c.value(data)
+        while data := os.pread(self._file, 1 << 20, at):
+            whole.update(data)
+            at += len(data)
+        if whole.hexdigest() != sha256:
+            raise receipts.Damaged(f"{self.path}: its content has changed: run the shard stage again")
+        self._sum = google_crc32c.value
+
     def __del__(self) -> None:
         if hasattr(self, "_file"):
             os.close(self._file)
+
+
+def _table_of(receipt: receipts.Receipt) -> dict:
+    path = receipt.path.with_suffix(".parquet")
+    return _read_table(path, receipt.files[path.name].sha256)
 
 
 def _read_table(path: Path, sha256: str) -> dict:

@@ -4,6 +4,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -166,12 +167,17 @@ def read_image(item: RawItem, root: Path | None, follow_links: bool) -> bytes | 
     return data
 
 
+@lru_cache(maxsize=64)
+def _real(root: Path) -> str:
+    return os.path.realpath(root)
+
+
 def _read_file(path: Path, root: Path | None, follow_links: bool) -> bytes:
     name = os.path.relpath(path, root) if root else str(path)
     if root is not None:
         if not Path(os.path.normpath(path)).is_relative_to(os.path.normpath(root)):
             raise InvalidExample("outside_root", f"{name} leads out of the image folder")
-        if not follow_links and not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root)):
+        if not follow_links and not Path(os.path.realpath(path)).is_relative_to(_real(root)):
             raise InvalidExample("outside_root", f"{name} is a link out of the image folder (data.follow_links=true)")
     try:
         return path.read_bytes()
