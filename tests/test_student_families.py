@@ -1,8 +1,9 @@
 """What every family must do, on tiny models of the real classes."""
 
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import copy, deepcopy
 from dataclasses import replace
 
 import numpy as np
@@ -357,8 +358,7 @@ def test_words_labels_and_image_span(student, examples):
     assert learnt[-1] in family.special
     for word, (start, end) in zip(item.words, item.tokens, strict=True):
         assert tokenizer.decode(ids[start:end]).strip() == one.word_text(word)
-    image = student.model.config.image_token_id if hasattr(student.model.config, "image_token_id") else None
-    image = student.processor.image_token_id if image is None else image
+    image = image_id(student)
     at = [place for place, token in enumerate(ids) if token == image]
     columns = np.concatenate([piece.columns_HW.ravel() for piece in item.pieces])
     if item.pieces[0].latents_Q is not None:
@@ -372,6 +372,100 @@ def test_words_labels_and_image_span(student, examples):
             family.encode_one(one)
     finally:
         family.max_length = 4096
+
+
+VARIED = (
+    "It's blue-green: 12,345 pixels & na\u00efve caf\u00e9s.",
+    "\u4e2d\u6587 circle \U0001f534 don't  stop\nnew line, \u0645\u0631\u062d\u0628\u0627 co-op 3.14%",
+    "AWB\u200dx \u0928\u092e\u0938\u094d\u0924\u0947 (a_b) 'quoted' \u00bfs\u00ed?",
+)
+
+
+@pytest.fixture(scope="module")
+def llama3():
+    """The real Llama 3 vocabulary."""
+    from llama3_tokenizer import llama3_tokenizer
+
+    return llama3_tokenizer()
+
+
+def with_words_of(tokenizer, student):
+    """The family with a larger vocabulary, and the control tokens and the template of its own kind."""
+    from tokenizers import AddedToken
+
+    small, processor, old = student.family.tokenizer, copy(student.processor), student.family
+    control = [token.content for token in small.added_tokens_decoder.values()]
+    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in control], special_tokens=True)
+    for name in ("bos_token", "eos_token", "pad_token"):
+        setattr(tokenizer, name, getattr(small, name))
+    for name in ("start_image_token", "end_image_token", "boi_token", "eoi_token"):
+        if hasattr(small, name):
+            tokenizer._set_model_specific_special_tokens({name: getattr(small, name)})
+    if small._tokenizer.post_processor is not None:
+        tokenizer._tokenizer.post_processor = small._tokenizer.post_processor
+    tokenizer.chat_template = small.chat_template
+    processor.tokenizer = tokenizer
+    family = type(old)(processor)
+    vars(family).update({name: value for name, value in vars(old).items() if name not in vars(family)})
+    image = tokenizer.convert_tokens_to_ids(small.convert_ids_to_tokens(image_id(student)))
+    if hasattr(old, "layout"):
+        config = deepcopy(student.model.config)
+        config.image_token_id = image
+        family.layout = type(old.layout)(config, processor.image_processor, tokenizer)
+    elif hasattr(old, "image_id"):
+        family.image_id = image
+    else:
+        processor.image_token_id = image
+    return family
+
+
+def image_id(student) -> int:
+    found = getattr(student.model.config, "image_token_id", None)
+    return student.processor.image_token_id if found is None else found
+
+
+def test_words_and_labels_with_the_real_llama3_vocabulary(student, llama3):
+    """Every word has exactly the tokens that hold its bytes; labels are the answers and their ends, no more."""
+    family = with_words_of(llama3, student)
+    turns = [Turn("user", VARIED[1]), Turn("assistant", VARIED[0])]
+    if student.kind != "paligemma":  # which takes one question
+        turns += [Turn("user", "And now?"), Turn("assistant", VARIED[1]), Turn("user", VARIED[2])]
+        turns += [Turn("assistant", VARIED[2])]
+    one = Example("0", picture(40, 60), "png", tuple(turns), "test", "train", "none")
+    item = family.encode_one(one)
+    ids, tokenizer = item.ids.tolist(), family.tokenizer
+    assert ids.count(tokenizer.bos_token_id) == family.processor.chat_template.count("bos_token")
+    spell = spelling(tokenizer)
+    pieces = [spell(token) for token in ids]
+    ends = np.cumsum([len(piece) for piece in pieces])
+    whole, at = b"".join(pieces), {}
+    cursor = 0
+    for index, turn in enumerate(turns):
+        cursor = whole.index(turn.text.encode(), cursor)
+        at[index] = cursor
+        cursor += len(turn.text.encode())
+    assert item.words == one.words(("assistant",))
+    for word, (start, end) in zip(item.words, item.tokens, strict=True):
+        low = at[word.turn] + len(turns[word.turn].text[: word.start].encode())
+        high = at[word.turn] + len(turns[word.turn].text[: word.end].encode())
+        assert ends[start] - len(pieces[start]) <= low < ends[start]
+        assert ends[end - 1] - len(pieces[end - 1]) < high <= ends[end - 1]
+    learnt = [label for label in item.labels.tolist() if label != IGNORED]
+    close = spell(learnt[-1])
+    answers = [turn.text.encode() for turn in turns if turn.role == "assistant"]
+    # A space of the template before an answer may be part of the answer's first token.
+    found = [part.removeprefix(b" ") for part in b"".join(spell(token) for token in learnt).split(close)]
+    assert found == [*answers, b""]
+    assert [i for i, label in zip(ids, item.labels.tolist(), strict=True) if label != IGNORED] == learnt
+
+
+def spelling(tokenizer) -> Callable[[int], bytes]:
+    """The bytes of each token of a byte-level vocabulary."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
+    added = {index: token.content.encode() for index, token in tokenizer.added_tokens_decoder.items()}
+    return lambda i: added.get(i) or bytes(byte_of[character] for character in tokenizer.convert_ids_to_tokens(i))
 
 
 # --- geometry -------------------------------------------------------------------------------------------------------
