@@ -4,9 +4,9 @@
 
 Models of the real width, cut in depth, with random weights: `mllama` is Llama-3.2-11B-Vision with 5 of its 40 text
 layers, one of which attends to the 6,404 keys of four image tiles (8 in 40), and `qwen2_5_vl` is Qwen2.5-VL-7B with 2
-of its 28 layers and 144 image tokens among the text. Vision towers and vocabularies are cut likewise. One example of
-about 128 text tokens, LoRA as in the paper's code, AdamW. The image's features are computed once and given to all
-arms; the whole step, vision tower included, is timed once.
+of its 28 layers and the 391 tokens of a picture of 640x480 pixels among the text. Vision towers and vocabularies are
+cut likewise. One example of about 128 text tokens, bfloat16, LoRA as in the paper's code, AdamW. The image's features
+are computed once and given to all arms; the whole step, vision tower included, is timed once.
 
 Arms, which take turns in one process on one model:
 
@@ -117,7 +117,7 @@ def llama(size: str, align: AlignConfig) -> tuple[torch.nn.Module, Family, tuple
 
 
 def qwen(size: str, align: AlignConfig) -> tuple[torch.nn.Module, Family, tuple[int, int]]:
-    """Qwen2.5-VL-7B with a fourteenth of its depth and vocabulary, its family, and the size of an image of 144 tokens;
+    """Qwen2.5-VL-7B with a fourteenth of its depth and vocabulary, its family, and the size of an image of 391 tokens;
     or the same, tiny."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -160,8 +160,7 @@ def qwen(size: str, align: AlignConfig) -> tuple[torch.nn.Module, Family, tuple[
     )
     model = random_weights(Qwen2_5_VLForConditionalGeneration, config, real)
     family = Native(Parts(tokenizer, Qwen2VLImageProcessorPil(), CHATML, ""), align=align)
-    side = 336 if real else 112
-    return model, family, (side, side)
+    return model, family, (480, 640) if real else (112, 112)
 
 
 def random_weights(kind: type, config, real: bool) -> torch.nn.Module:
@@ -293,7 +292,10 @@ class Bench:
             if hasattr(self, "visual"):
                 self.inner.model.visual.forward = self.visual
         began = time.perf_counter()
-        self.loss(arm, inputs).backward()
+        # As in training with `precision: bf16`.
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.inner.dtype == torch.bfloat16):
+            loss = self.loss(arm, inputs)
+        loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return time.perf_counter() - began

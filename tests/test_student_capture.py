@@ -120,3 +120,13 @@ def test_through_lora_and_compile(student, batch):
         tap.rows(batch.words)
         torch.compile(model, backend="eager")(**batch.inputs)
         torch.testing.assert_close(student_maps(tap, batch), expected, atol=1e-6, rtol=1e-5)
+
+
+def test_maps_are_float32_under_autocast(student, batch):
+    with AttentionTap(student.model, student.family) as tap, torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16):
+            student.model(**batch.inputs)
+            found = student_maps(tap, batch)
+        assert found.dtype == torch.float32
+        # From the same queries and keys, outside of autocast.
+        torch.testing.assert_close(found, student_maps(tap, batch), atol=1e-6, rtol=1e-6)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
+from pipeline.align.words import KINDS, kinds
 from pipeline.errors import UserError
 
 ALIGNERS = ("light", "sim", "deep", "none")
@@ -37,7 +38,9 @@ class AlignConfig:
             leaves them as they are.
         layers: indices of the text layers to use; empty uses every layer that looks at the image.
         last_layers: use only so many of them, the last ones; 0 for all.
-        words: `content` leaves out words that can name nothing visible (articles, prepositions, ...), `all` does not.
+        words: `content` leaves out words that can name nothing visible (articles, prepositions, ...), `all` does not;
+            `nouns`, `verbs`, `adjectives` or several of them joined by hyphens (`nouns-verbs`) keep only those content
+            words, with an optional tagger (English; `pip install 'lavender-pipeline[tagger]'` and its data).
         max_words: words aligned per example, the first ones; 0 for no limit.
         side: cells on a side of the maps that are compared. The stored ones have 32; fewer cost less, and lose nothing
             where neither model resolves more.
@@ -75,12 +78,16 @@ class AlignConfig:
             ("rows", self.rows, ROWS),
             ("aggregation", self.aggregation, AGGREGATIONS),
             ("measure", self.measure, MEASURES),
-            ("words", self.words, WORDS),
             ("side", self.side, SIDES),
             ("schedule", self.schedule, SCHEDULES),
         ):
             if value not in known:
                 raise UserError(f"unknown align.{key} '{value}': choose one of {', '.join(map(str, known))}")
+        if self.words not in WORDS and not kinds(self.words):
+            known = ", ".join((*WORDS, *KINDS))
+            raise UserError(
+                f"unknown align.words '{self.words}': choose one of {known}, the last ones joined by hyphens"
+            )
         unknown = [role for role in self.roles if role not in ROLES]
         if unknown or not self.roles:
             raise UserError(f"align.roles is {list(self.roles)}: give some of {', '.join(ROLES)}")

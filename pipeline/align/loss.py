@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from pipeline.student.batch import StudentBatch
 
 SPREAD = 1e-6  # a map whose values differ by less is constant
+# Maps that go through the Aligner together; at 32 x 32 cells and 32 channels each needs 1 MiB for its gradient. On an
+# accelerator (128) starting kernels would cost more than memory does.
+AT_ONCE = {"cpu": 4}
 
 
 class AlignmentLoss(nn.Module):
@@ -102,12 +105,7 @@ class AlignmentLoss(nn.Module):
         if self.compat:
             return released_maps(tap, batch, self.aligner)
         if self.aggregation == "per-layer":
-            # Computed again in backward, layer by layer: what the convolutions of all layers would keep is more than
-            # the rest of a step with gradient checkpointing.
-            aligned = [
-                checkpoint(self.aligner, raw_WHSS, use_reentrant=False, preserve_rng_state=False)
-                for raw_WHSS in layer_maps(tap, batch)
-            ]
+            aligned = [self._aligned(raw_WHSS) for raw_WHSS in layer_maps(tap, batch)]
             return torch.stack(aligned, 1).mean(1)
         raw_WNHSS = student_maps(tap, batch)
         if self.aggregation == "max":
@@ -116,6 +114,21 @@ class AlignmentLoss(nn.Module):
             # The layers' product, as its n-th root: it orders cells alike and does not vanish with many layers.
             return self.aligner(raw_WNHSS.clamp_min(SPREAD).log().mean(1).exp())
         return self.aligner(raw_WNHSS.mean(1))
+
+    def _aligned(self, raw_WHSS: torch.Tensor) -> torch.Tensor:
+        """(W, S, S): the Aligner on one layer's maps, some at a time and again in backward.
+
+        What its convolutions keep of all words and layers would be more than all else that a step with gradient
+        checkpointing needs.
+        """
+        if self.direct:
+            return self.aligner(raw_WHSS)
+        some = AT_ONCE.get(raw_WHSS.device.type, 128)
+        parts = [
+            checkpoint(self.aligner, part_MHSS, use_reentrant=False, preserve_rng_state=False)
+            for part_MHSS in raw_WHSS.split(some)
+        ]
+        return torch.cat(parts).float()  # half precision under autocast
 
     def _error(self, found_WSS: torch.Tensor, targets_WSS: torch.Tensor) -> torch.Tensor:
         """(W,) each word's error."""

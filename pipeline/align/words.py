@@ -1,7 +1,11 @@
 """Which words are worth aligning: those that can name something in a picture."""
 
+import re
 from collections.abc import Sequence
+from functools import cache
 from typing import TYPE_CHECKING
+
+from pipeline.errors import UserError
 
 if TYPE_CHECKING:
     from pipeline.examples import Example, Word
@@ -32,13 +36,65 @@ def is_content(word: str) -> bool:
     return word.lower().replace("\u2019", "'") not in FUNCTION_WORDS
 
 
+# Parts of speech that may be asked for, and how their tags of the Penn Treebank begin.
+KINDS = {"nouns": "NN", "verbs": "VB", "adjectives": "JJ"}
+
+
+def kinds(which: str) -> tuple[str, ...]:
+    """The parts of speech in a setting such as ``nouns`` or ``nouns-verbs``; none where it is something else."""
+    parts = which.split("-")
+    return tuple(KINDS[part] for part in parts) if all(part in KINDS for part in parts) else ()
+
+
 def choose(example: "Example", words: Sequence["Word"], which: str, limit: int) -> list["Word"]:
     """The words to align, in order.
 
     Args:
         example: whose words they are.
-        which: ``content`` or ``all``.
+        words: any of its words.
+        which: ``content``, ``all``, or those content words that are some of `KINDS`, joined by hyphens.
         limit: how many at most, the first ones; 0 for no limit.
+
+    Raises:
+        UserError: parts of speech without the tagger or its data.
     """
     kept = [word for word in words if which == "all" or is_content(example.word_text(word))]
+    wanted = kinds(which)
+    if wanted:
+        found = {turn: tags(example.turns[turn].text) for turn in {word.turn for word in kept}}
+        kept = [word for word in kept if found[word.turn].get((word.start, word.end), "").startswith(wanted)]
     return kept[:limit] if limit else kept
+
+
+def tags(text: str) -> dict[tuple[int, int], str]:
+    """The tag of each word of an English text by its characters, from NLTK's averaged perceptron.
+
+    Raises:
+        UserError: NLTK or its data is not there.
+    """
+    from pipeline.examples import words
+
+    spans = words(text)
+    inside = [False] * len(text)
+    for start, end in spans:
+        inside[start:end] = [True] * (end - start)
+    # The tagger reads punctuation as tokens of its own.
+    spans = sorted(spans + [m.span() for m in re.finditer(r"[^\w\s]", text) if not inside[m.start()]])
+    found = _tagger().tag([text[start:end] for start, end in spans])
+    return {span: tag for span, (_, tag) in zip(spans, found, strict=True)}
+
+
+@cache
+def _tagger():
+    try:
+        from nltk.tag.perceptron import PerceptronTagger
+    except ImportError as error:
+        raise UserError(
+            "align.words by part of speech needs the optional tagger: pip install 'lavender-pipeline[tagger]'"
+        ) from error
+    try:
+        return PerceptronTagger(lang="eng")
+    except LookupError as error:
+        raise UserError(
+            "the tagger of align.words has no data: python -m nltk.downloader averaged_perceptron_tagger_eng"
+        ) from error

@@ -256,9 +256,10 @@ def probabilities(call: Call, first: int = 0, count: int | None = None) -> torch
         query_BhSD, key_BGKD = query_BhSD[:, mine], key_BGKD[:, first : first + count]
         mask = mask[:, mine] if mask is not None and mask.shape[1] > 1 else mask
     groups, keys = key_BGKD.shape[1:3]
-    # Query heads that share a key head become further rows of it, which saves repeating the keys.
-    grouped = (query_BhSD.float() * call.scaling).reshape(batch, groups, -1, depth)
-    scores_BhSK = (grouped @ key_BGKD.float().transpose(2, 3)).view(batch, -1, slots, keys)
+    with torch.autocast(query_BhSD.device.type, enabled=False):  # which would multiply in half precision
+        # Query heads that share a key head become further rows of it, which saves repeating the keys.
+        grouped = (query_BhSD.float() * call.scaling).reshape(batch, groups, -1, depth)
+        scores_BhSK = (grouped @ key_BGKD.float().transpose(2, 3)).view(batch, -1, slots, keys)
     lowest = torch.finfo(torch.float32).min
     if mask is not None:
         picked = mask[..., :keys]
@@ -291,9 +292,10 @@ def word_cells(call: Call, words: WordRows, planes: Planes, latents_BNSS: torch.
     def cells(rows_RhK: torch.Tensor) -> torch.Tensor:
         mean_WhK = rows_RhK.new_zeros(len(words), *rows_RhK.shape[1:]).index_add(0, words.row_word, rows_RhK)
         mean_WhK = mean_WhK / count_W[:, None, None]
-        if latents_BNSS is None:
-            return project(mean_WhK, planes, words.word_example)
-        return project_latents(mean_WhK, latents_BNSS, planes, words.word_example, words.slots.shape[1])
+        with torch.autocast(mean_WhK.device.type, enabled=False):
+            if latents_BNSS is None:
+                return project(mean_WhK, planes, words.word_example)
+            return project_latents(mean_WhK, latents_BNSS, planes, words.word_example, words.slots.shape[1])
 
     if call.rows_RHK is not None:
         return cells(call.rows_RHK)
@@ -321,7 +323,10 @@ def layer_maps(tap: AttentionTap, batch: StudentBatch) -> list[torch.Tensor]:
     if not len(batch.words):
         heads, side = next(iter(tap.layers.values())).config.num_attention_heads, batch.planes.rows_y.shape[2]
         return [batch.planes.rows_y.new_zeros(0, heads, side, side)] * len(tap.layers)
-    latents_BNSS = None if batch.planes.latents is None else latent_maps(tap.relayed(), batch.planes)
+    latents_BNSS = None
+    if batch.planes.latents is not None:
+        with torch.autocast(batch.planes.rows_y.device.type, enabled=False):
+            latents_BNSS = latent_maps(tap.relayed(), batch.planes)
     return [word_cells(call, batch.words, batch.planes, latents_BNSS) for call in tap.calls(batch.words).values()]
 
 
