@@ -2,8 +2,8 @@
 
     python -m benchmarks.data --examples 2000 --scale 130000 --json out.json
 
-Sides of a ratio take turns in one process and the medians are compared, so that a slow moment hits both. Above 1 is
-faster than the other way.
+Sides of a ratio take turns in one process, and the ratio is the median of those of the turns, so that a slow moment
+hits both. Above 1 is faster than the other way.
 
     shard_vs_bare          the shard stage against a bare loop that reads, checks (decodes) and writes the same images
     shard_vs_webdataset    ... against webdataset's ShardWriter in such a loop
@@ -74,8 +74,8 @@ def config(source: Path, shards: Path, **data) -> Config:
     return Config(data=settings, engine=EngineConfig(workers=1), shards_dir=str(shards))
 
 
-def rates(sides: dict[str, Callable[[], int]], repeat: int) -> dict[str, float]:
-    """Items per second of each side: medians of runs that take turns, after one round for warming up."""
+def rates(sides: dict[str, Callable[[], int]], repeat: int) -> dict[str, list[float]]:
+    """Items per second of each side in every turn, after one for warming up."""
     taken: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(repeat + 1):
         for name, run in sides.items():
@@ -83,13 +83,18 @@ def rates(sides: dict[str, Callable[[], int]], repeat: int) -> dict[str, float]:
             count = run()
             if turn:
                 taken[name].append(count / (time.perf_counter() - start))
-    return {name: statistics.median(found) for name, found in taken.items()}
+    return taken
+
+
+def ratio(found: dict[str, list[float]], one: str, other: str) -> float:
+    """The median over the turns of one side's rate divided by the other's."""
+    return statistics.median(a / b for a, b in zip(found[one], found[other], strict=True))
 
 
 # --- shard ---
 
 
-def shard_rates(source: Path, folder: Path, repeat: int) -> dict[str, float]:
+def shard_rates(source: Path, folder: Path, repeat: int) -> dict[str, list[float]]:
     records = json.loads(source.read_text())
 
     def ours() -> int:
@@ -167,7 +172,7 @@ def write_jpegs(store: MapStore, keys: list[str], folder: Path) -> dict[str, lis
     return found
 
 
-def map_rates(store: MapStore, jpegs: dict[str, list[Path]], repeat: int) -> dict[str, float]:
+def map_rates(store: MapStore, jpegs: dict[str, list[Path]], repeat: int) -> dict[str, list[float]]:
     direct = MapStore(store.folder)
     keys = list(jpegs)
     np.random.default_rng(0).shuffle(keys)
@@ -189,7 +194,7 @@ def map_rates(store: MapStore, jpegs: dict[str, list[Path]], repeat: int) -> dic
 # --- stream ---
 
 
-def stream_rates(archive: Archive, store: MapStore, repeat: int) -> dict[str, float]:
+def stream_rates(archive: Archive, store: MapStore, repeat: int) -> dict[str, list[float]]:
     batch = 32
     steps = len(archive) // batch
     joined = Stream([archive], [store], seed=0, batch_size=batch)
@@ -290,14 +295,14 @@ def measure(examples: int, side: int, count: int, repeat: int, folder: Path) -> 
     small, large = scale(max(count // 10, 1), folder / "scale-small"), scale(count, folder / "scale")
     return {
         "examples": examples,
-        "shard_per_second": sharding["ours"],
-        "shard_vs_bare": sharding["ours"] / sharding["bare"],
-        "shard_vs_webdataset": sharding["ours"] / sharding["webdataset"],
-        "stream_per_second": streaming["joined"],
-        "stream_vs_raw": streaming["joined"] / streaming["raw"],
-        "stream_vs_webdataset": streaming["alone"] / streaming["webdataset"],
-        "maps_per_second": maps["ours"],
-        "maps_vs_jpeg": maps["ours"] / maps["jpeg"],
+        "shard_per_second": statistics.median(sharding["ours"]),
+        "shard_vs_bare": ratio(sharding, "ours", "bare"),
+        "shard_vs_webdataset": ratio(sharding, "ours", "webdataset"),
+        "stream_per_second": statistics.median(streaming["joined"]),
+        "stream_vs_raw": ratio(streaming, "joined", "raw"),
+        "stream_vs_webdataset": ratio(streaming, "alone", "webdataset"),
+        "maps_per_second": statistics.median(maps["ours"]),
+        "maps_vs_jpeg": ratio(maps, "ours", "jpeg"),
         "exact_bytes_per_map": bytes_per_map(exact),
         "compact_bytes_per_map": bytes_per_map(compact),
         "compact_max_error": error,
@@ -317,7 +322,7 @@ def main() -> int:
     parser.add_argument("--examples", type=int, default=2000, help="for the ratios")
     parser.add_argument("--side", type=int, default=384, help="pixels of an image's side")
     parser.add_argument("--scale", type=int, default=130_000)
-    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--json", type=Path, help="where to write the result")
     parser.add_argument("--scale-only", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, default=None, help=argparse.SUPPRESS)

@@ -12,6 +12,8 @@ byte with an uninterrupted run, or shows that the damage is noticed before anyth
     full disk   a limit on the size of files
     two         a second process on the same output
     failing     a task that raises now and then
+    dying       a worker process of Dask that dies now and then
+    repaired    a bit of each kind of file, then what `make verify ARGS=repair=true` does
 
 The last line is `RESULT {...}`; the exit code is 1 if anything came out differently.
 """
@@ -31,9 +33,12 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 from dask import threaded
+from google_crc32c import value
 
-from pipeline import receipts
+from pipeline import receipts, verify
+from pipeline.archive import write
 from pipeline.archive.read import Archive
 from pipeline.archive.stage import shard
 from pipeline.config import Config, compose
@@ -43,6 +48,7 @@ from pipeline.mapstore.read import MapStore
 
 FORK = multiprocessing.get_context("fork")
 SIZES = "{train: 40, val: 6, test: 4, ood_pairs: 3, ood_count: 3, ood_background: 3}"
+PATIENCE = 300  # seconds for a cluster whose workers die
 WORLD = ("data=world", f"data.sizes={SIZES}", "data.shard_size=8", "engine.workers=2")
 
 
@@ -152,6 +158,8 @@ KINDS = {
     "small arrays": "maps/*/train/*.zarr/*/c/*",
     "descriptions": "maps/*/train/*.zarr/**/zarr.json",
     "maps receipt": "maps/*/train/[0-9]*.json",
+    "maps manifest": "maps/*/train/manifest.json",
+    "stage manifest": "examples/manifest.json",
 }
 
 
@@ -159,6 +167,7 @@ def noticed(cfg: Config) -> bool:
     """Reads every example and map; True if that was refused."""
     layout = Layout(cfg)
     try:
+        receipts.load(layout.examples_dir() / "manifest.json")
         for example in Archive(layout.examples_dir("train")):
             del example
         store = MapStore(layout.maps_split_dir("train"))
@@ -221,11 +230,20 @@ def truncations(cfg: Config) -> tuple[int, int]:
                 len(data) - 1024,
                 *range(512, len(data), max(512, len(data) // 40960 * 512)),
             }
+        if kind == "maps":
+            cuts |= ends_of_chunks(data)
         for cut in sorted(cut for cut in cuts if 0 <= cut < len(data)):
             with changed(path, data[:cut]):
                 done += 1
                 detected += noticed(cfg)
     return done, detected
+
+
+def ends_of_chunks(data: bytes) -> set[int]:
+    """Where the chunks of a file of the sharded array end, by its index."""
+    count = next(n for n in range(1, 65) if value(data[-16 * n - 4 : -4]) == int.from_bytes(data[-4:], "little"))
+    index = np.frombuffer(data[-16 * count - 4 : -4], "<u8").reshape(-1, 2)
+    return {int(offset + length) for offset, length in index if length < 1 << 32}
 
 
 def deletions(cfg: Config) -> tuple[int, int]:
@@ -242,38 +260,89 @@ def deletions(cfg: Config) -> tuple[int, int]:
 # --- other ends ---
 
 
-def full_disk(begin: Callable[[Path], Config]) -> tuple[int, int]:
+def full_disk(stage: Callable[[Config], object], begin: Callable[[Path], Config]) -> tuple[int, int]:
     """Limits the size of files at several sizes; the error must be clear, and going on must give the same bytes."""
     with workspace() as folder:
-        shard(begin(folder / "whole"))
+        cfg = begin(folder / "whole")
+        before = contents(folder / "whole").keys()
+        assert finish(child(lambda: stage(cfg))) == 0
         whole = contents(folder / "whole")
-        largest = max(len(data) for data in whole.values())
+        largest = max(len(data) for name, data in whole.items() if name not in before)
         done = same = 0
         for part in (0.02, 0.3, 0.9):
             place = folder / str(part)
             cfg = begin(place)
-            code = finish(child(lambda cfg=cfg: shard(cfg), limit=int(part * largest)))
-            shard(cfg)
+            code = finish(child(lambda cfg=cfg: stage(cfg), limit=int(part * largest)))
+            again = finish(child(lambda cfg=cfg: stage(cfg)))
             done += 1
-            same += code == 2 and contents(place) == whole
+            same += code == 2 and again == 0 and contents(place) == whole
     return done, same
 
 
-def two_processes(begin: Callable[[Path], Config]) -> tuple[int, int]:
+def two_processes(stage: Callable[[Config], object], begin: Callable[[Path], Config]) -> tuple[int, int]:
     """Starts the stage twice on one output: one of them does the work, the other says who holds it."""
     with workspace() as folder:
-        shard(begin(folder / "whole"))
-        cfg = begin(folder / "two")
-        codes = sorted(finish(process) for process in [child(lambda: shard(cfg)) for _ in range(2)])
-        shard(cfg)
+        whole, cfg = begin(folder / "whole"), begin(folder / "two")
+        assert finish(child(lambda: stage(whole))) == 0
+        codes = sorted(finish(process) for process in [child(lambda: stage(cfg)) for _ in range(2)])
         same = codes in ([0, 2], [0, 0]) and contents(folder / "two") == contents(folder / "whole")
     return 1, int(same)
 
 
+def die_once(job: write.Job) -> receipts.Receipt:
+    """Writes a shard; in the middle of every third one its process dies, the first time."""
+    mark = job.folder / f"died-{job.stem}"
+    if job.number % 3 == 1 and not mark.exists():
+        mark.touch()
+        (job.folder / f".{job.stem}.tar.{os.getpid()}.tmp").write_bytes(b"part")
+        os.kill(os.getpid(), signal.SIGKILL)
+    return write.write_rows(job, write._read(job))
+
+
+def dying_workers(begin: Callable[[Path], Config]) -> tuple[int, int]:
+    """Worker processes of a Dask cluster die; the stage comes to its end all the same, in one run."""
+    sound = write.write_shard
+    with workspace() as folder:
+        shard(begin(folder / "whole"))
+        cfg = begin(folder / "dying")
+        cfg.engine.kind = "processes"
+        write.write_shard = die_once
+        process = child(lambda: shard(cfg))
+        write.write_shard = sound
+        process.join(PATIENCE)
+        if process.exitcode is None:
+            process.kill()
+        deaths = len(list(folder.rglob("died-*")))
+        same = process.exitcode == 0 and contents(folder / "dying") == contents(folder / "whole")
+    return max(deaths, 1), deaths * same
+
+
+def repairs(cfg: Config, rng: random.Random) -> tuple[int, int]:
+    """Damages each kind of file in turn; repair must name it, bring back every byte, and touch no sound shard."""
+    folder = Layout(cfg).shards
+    whole = contents(folder)
+    done = same = 0
+    for kind in KINDS:
+        path = rng.choice(files(cfg, kind))
+        times = {name: (folder / name).stat().st_mtime_ns for name in whole}
+        data, stat = bytearray(path.read_bytes()), path.stat()
+        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        path.write_bytes(data)
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+        code = finish(child(lambda: verify.repair(cfg)))
+        stems = {part.partition(".")[0] for part in path.relative_to(folder).parts}
+        touched = [
+            name
+            for name, time_ns in times.items()
+            if (folder / name).stat().st_mtime_ns != time_ns and not stems & set(name.replace(".", "/").split("/"))
+        ]
+        done += 1
+        same += code == 0 and contents(folder) == whole and not touched and not noticed(cfg)
+    return done, same
+
+
 def failing_tasks(begin: Callable[[Path], Config], rng: random.Random) -> tuple[int, int]:
     """Tasks raise now and then; the stage stops with the error and goes on when it is run again."""
-    import pipeline.archive.write as write
-
     with workspace() as folder:
         shard(begin(folder / "whole"))
         cfg = begin(folder / "failing")
@@ -322,21 +391,34 @@ def campaign(kill_count: int, flip_count: int, seed: int, say: Callable[[str], o
 
     note("shard kills", kills(shard, settings, kill_count, rng), "identical")
     note("precompute kills", kills(precompute, sharded, kill_count, rng), "identical")
+    note("kills", both(found["shard kills"], found["precompute kills"]), "identical")
     with workspace() as folder, quiet():
         cfg = sharded(folder)
         precompute(cfg)
         assert not noticed(cfg), "sound caches are refused"
         bits, cut, gone = flips(cfg, flip_count, rng), truncations(cfg), deletions(cfg)
+        again = repairs(cfg, rng)
     for kind, result in bits.items():
         note(f"flips in {kind}", result, "detected")
     note("flips", tuple(map(sum, zip(*bits.values(), strict=True))), "detected")
     note("truncated", cut, "detected")
     note("deleted", gone, "detected")
+    note("repaired", again, "identical")
     with quiet():
-        ends = full_disk(settings), two_processes(settings), failing_tasks(settings, rng)
-    for name, result in zip(("full disks", "two processes", "failing tasks"), ends, strict=True):
+        ends = {
+            "full disks": both(full_disk(shard, settings), full_disk(precompute, sharded)),
+            "two processes": both(two_processes(shard, settings), two_processes(precompute, sharded)),
+            "failing tasks": failing_tasks(settings, rng),
+            "dying workers": dying_workers(settings),
+        }
+    for name, result in ends.items():
         note(name, result, "identical")
     return {name: list(result) for name, result in found.items()}
+
+
+def both(first: tuple[int, int], second: tuple[int, int]) -> tuple[int, int]:
+    """The sums of two results."""
+    return first[0] + second[0], first[1] + second[1]
 
 
 @contextlib.contextmanager

@@ -21,8 +21,8 @@ def test_kills_of_shard(chance):
 
 
 def test_other_ends(chance):
-    assert faults.full_disk(faults.settings) == (3, 3)
-    assert faults.two_processes(faults.settings) == (1, 1)
+    assert faults.full_disk(shard, faults.settings) == (3, 3)
+    assert faults.two_processes(shard, faults.settings) == (1, 1)
     stops, same = faults.failing_tasks(faults.settings, chance)
     assert stops == same >= 1
 
