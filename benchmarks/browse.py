@@ -99,7 +99,7 @@ def write_data(folder: Path, count: int) -> list[str]:
         small.resize(SIZE, Image.Resampling.BICUBIC).save(folder / f"{number}.jpg", quality=85)
     with (folder / "list.jsonl").open("w") as file:
         for number in range(count):
-            answer = " ".join(choose.choices(WORDS, k=22)) + f" {number}."
+            answer = " ".join(choose.choices(WORDS, k=12)) + f" {number}."
             talk = [{"from": "human", "value": "<image>\nWhat is there?"}, {"from": "gpt", "value": answer}]
             record = {"id": str(number), "image": f"{number % PICTURES}.jpg", "conversations": talk}
             file.write(json.dumps(record) + "\n")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import time
 from bisect import bisect_right
+from collections.abc import Iterator
 from threading import Lock
 from typing import TYPE_CHECKING
 
@@ -235,25 +236,24 @@ class Texts:
     def __init__(self, archive: Archive):
         self._archive = archive
         self._read: list[tuple[str, list[int]]] = []  # of each shard: its texts in one, and where each begins
+        self._last = _Search("")
         self._lock = Lock()
 
     def search(self, wanted: str) -> dict:
         """Numbers of the examples with all words that begin as those of ``wanted`` do, whatever their case."""
         deadline = time.monotonic() + PATIENCE
-        parts = [re.compile(rf"(?<!\w){re.escape(part)}") for part in wanted.casefold().split()]
         with self._lock:
-            while len(self._read) < len(self._archive.shards):
-                self._read.append(self._texts(len(self._read)))
+            if self._last.wanted != wanted:
+                self._last = _Search(wanted)
+            mine = self._last
+            while mine.shards < len(self._archive.shards):
+                if mine.shards == len(self._read):
+                    self._read.append(self._texts(mine.shards))
+                mine.go_on(*self._read[mine.shards])
                 if time.monotonic() >= deadline:
                     break
-            read = list(self._read)
-        found: list[int] = []
-        before = 0
-        for text, starts in read:
-            hits = [{bisect_right(starts, hit.start()) - 1 for hit in part.finditer(text)} for part in parts]
-            found += [before + row for row in sorted(set.intersection(*hits))] if hits else []
-            before += len(starts)
-        return {"found": found[:MOST_FOUND], "count": len(found), "searched": before, "of": len(self._archive)}
+            found = mine.found[:MOST_FOUND]
+            return {"found": found, "count": len(mine.found), "searched": mine.examples, "of": len(self._archive)}
 
     def _texts(self, number: int) -> tuple[str, list[int]]:
         shard = self._archive.shard(number)
@@ -264,3 +264,31 @@ class Texts:
             parts.append(text)
             length += len(text)
         return "".join(parts), starts
+
+
+class _Search:
+    """How far a search has come."""
+
+    def __init__(self, wanted: str):
+        self.wanted, self._parts = wanted, wanted.casefold().split()
+        self.shards = self.examples = 0
+        self.found: list[int] = []
+
+    def go_on(self, text: str, starts: list[int]) -> None:
+        """Looks through one more shard."""
+        hits = [set(_rows_with(part, text, starts)) for part in self._parts]
+        rows = sorted(set.intersection(*hits)) if hits else ()
+        self.found += [self.examples + row for row in rows]
+        self.shards, self.examples = self.shards + 1, self.examples + len(starts)
+
+
+def _rows_with(part: str, text: str, starts: list[int]) -> Iterator[int]:
+    """Rows of a shard's texts that have a word which begins so."""
+    at = text.find(part)
+    while at >= 0:
+        if at and (text[at - 1].isalnum() or text[at - 1] == "_"):  # in the middle of a word
+            at = text.find(part, at + 1)
+            continue
+        row = bisect_right(starts, at) - 1
+        yield row
+        at = text.find(part, starts[row + 1]) if row + 1 < len(starts) else -1
