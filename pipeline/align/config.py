@@ -13,6 +13,7 @@ ROWS = ("predict", "token")
 ROLES = ("user", "assistant")
 WORDS = ("content", "all")
 SIDES = (32, 16, 8)
+ATTENTION = ("model", "learned")
 SCHEDULES = ("constant", "decay", "inverse", "warmup")
 AGGREGATIONS = ("per-layer", "mean", "max", "flow")
 MEASURES = ("mse", "kl")
@@ -31,6 +32,8 @@ class AlignConfig:
         rows: where a word's attention is read: at the positions that predict its tokens (`predict`) or at the tokens
             themselves (`token`).
         roles: whose words are aligned.
+        attention: `model` reads the student's own attention; `learned` that of new projections beside it, which serve
+            the alignment only, in models that have the image's tokens among the text.
         aggregation: `per-layer` aligns each layer and takes the mean, `mean` takes the mean over layers first, `max`
             the maximum over layers and heads, `flow` the product through the layers, head by head.
         measure: `mse` compares maps scaled to [0, 1]; `kl` compares them as distributions over the image.
@@ -58,6 +61,7 @@ class AlignConfig:
     hidden: int = 32
     rows: str = "predict"
     roles: list[str] = field(default_factory=lambda: ["assistant"])
+    attention: str = "model"
     aggregation: str = "per-layer"
     measure: str = "mse"
     sharpen: float = 1.0
@@ -76,6 +80,7 @@ class AlignConfig:
         for key, value, known in (
             ("aligner", self.aligner, ALIGNERS),
             ("rows", self.rows, ROWS),
+            ("attention", self.attention, ATTENTION),
             ("aggregation", self.aggregation, AGGREGATIONS),
             ("measure", self.measure, MEASURES),
             ("side", self.side, SIDES),
@@ -103,6 +108,8 @@ class AlignConfig:
             raise UserError(f"align.aligner_first is {self.aligner_first}: give a share of the run, 0 to 1")
         if self.paper_compat and (self.aggregation, self.measure, self.side) != ("per-layer", "mse", 32):
             raise UserError("align.paper_compat goes with aggregation=per-layer, measure=mse and side=32 only")
+        if self.paper_compat and self.attention != "model":
+            raise UserError("align.paper_compat reads the student's own attention: align.attention=model")
         if not 0 < self.warmup <= 1:
             raise UserError(f"align.warmup is {self.warmup}: give a share of the run above 0, at most 1")
 

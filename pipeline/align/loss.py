@@ -8,8 +8,9 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from pipeline.align.aligner import Aligner, HeadMean
+from pipeline.align.parallel import ParallelAttention
 from pipeline.align.released import released_maps
-from pipeline.student.capture import AttentionTap, layer_maps, student_maps
+from pipeline.student.capture import AttentionTap, layer_maps
 
 if TYPE_CHECKING:
     from pipeline.align.config import AlignConfig
@@ -37,6 +38,7 @@ class AlignmentLoss(nn.Module):
         measure: ``mse`` or ``kl``.
         compat: go from attention to maps as the released code does.
         sharpen: power to which the targets are raised.
+        parallel: attention that is learnt instead of the student's own; its heads are ``heads``.
     """
 
     def __init__(
@@ -49,22 +51,31 @@ class AlignmentLoss(nn.Module):
         measure: str = "mse",
         compat: bool = False,
         sharpen: float = 1.0,
+        parallel: ParallelAttention | None = None,
     ):
         super().__init__()
         channels = 1 if aggregation == "max" else heads
         self.aligner = HeadMean() if aligner == "none" else Aligner(channels, aligner, hidden)
         self.direct = aligner == "none"
         self.weight, self.aggregation, self.measure, self.compat = weight, aggregation, measure, compat
-        self.sharpen = sharpen
+        self.sharpen, self.parallel = sharpen, parallel
 
     @classmethod
     def for_tap(cls, tap: AttentionTap, cfg: "AlignConfig", weight: float = 1.0) -> "AlignmentLoss":
-        """The loss for a tapped model and the run's settings."""
+        """The loss for a tapped model and the run's settings.
+
+        Raises:
+            UserError: ``align.attention=learned`` for a model that keeps the image apart from the text.
+        """
         heads = {module.config.num_attention_heads for module in tap.layers.values()}
         if len(heads) != 1:
             raise ValueError(f"the tapped layers have different numbers of heads: {sorted(heads)}")
         settings = (cfg.aligner, cfg.hidden, weight, cfg.aggregation, cfg.measure, cfg.paper_compat, cfg.sharpen)
-        return cls(heads.pop(), *settings)
+        if cfg.attention == "model":
+            return cls(heads.pop(), *settings)
+        tap.keep_hidden()
+        parallel = ParallelAttention(list(tap.layers), next(iter(tap.layers.values())).config.hidden_size)
+        return cls(parallel.heads, *settings, parallel=parallel)
 
     def forward(self, tap: AttentionTap, batch: "StudentBatch") -> torch.Tensor:
         """``weight`` times the mean over the batch's words with a usable map in ``batch.targets``; 0 without any."""
@@ -104,10 +115,11 @@ class AlignmentLoss(nn.Module):
         """The student's aligned maps before any normalisation: (W, S, S)."""
         if self.compat:
             return released_maps(tap, batch, self.aligner)
+        layers = self.parallel(tap, batch) if self.parallel else layer_maps(tap, batch)
         if self.aggregation == "per-layer":
-            aligned = [self._aligned(raw_WHSS) for raw_WHSS in layer_maps(tap, batch)]
+            aligned = [self._aligned(raw_WHSS) for raw_WHSS in layers]
             return torch.stack(aligned, 1).mean(1)
-        raw_WNHSS = student_maps(tap, batch)
+        raw_WNHSS = torch.stack(layers, 1)
         if self.aggregation == "max":
             return self.aligner(raw_WNHSS.amax((1, 2))[:, None])
         if self.aggregation == "flow":

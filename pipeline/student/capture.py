@@ -12,6 +12,7 @@ call `tapped_attention` instead of a kernel and say so by ``calls_tap = True``.
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -102,6 +103,9 @@ class AttentionTap:
         self._told = False  # whether `rows` says what is wanted
         self._words: WordRows | None = None
         self._calls: dict[int | str, Call] = {}
+        self._hidden: dict[int, torch.Tensor] = {}
+        self._hooks: list = []
+        self._in_text = family.in_text and not family.relays(model)
         self._model = model
         self._through = family.through
         self.relays = {f"relay {number}": module for number, module in enumerate(family.relays(model))}
@@ -170,6 +174,26 @@ class AttentionTap:
             for index, call in self.calls(words).items()
         }
 
+    def keep_hidden(self) -> None:
+        """From now on keeps the input of the tapped layers' attention too, for `hidden`.
+
+        Raises:
+            UserError: the image's tokens are not among the text, so their hidden states are not there.
+        """
+        if not self._in_text:
+            raise UserError("align.attention=learned needs a model that has the image's tokens among the text")
+        for index, module in self.layers.items():
+            self._hooks.append(module.register_forward_pre_hook(partial(self._keep, index), with_kwargs=True))
+
+    def hidden(self, words: WordRows) -> dict[int, torch.Tensor]:
+        """The input of the tapped layers' attention in the last forward: (B, L, C) by layer. Raises as `calls`."""
+        self.calls(words)
+        return {index: self._hidden[index] for index in self.layers}
+
+    def _keep(self, index: int, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if not self._told or self._words is not None:
+            self._hidden.setdefault(index, args[0] if args else kwargs["hidden_states"])
+
     def relayed(self) -> torch.Tensor:
         """The last forward's attention from latents to the relay's keys: (N, Q, K) float32, the mean over its heads.
 
@@ -210,7 +234,8 @@ class AttentionTap:
 
     def close(self) -> None:
         """Gives the model back as it was."""
-        self._hook.remove()
+        for hook in (self._hook, *self._hooks):
+            hook.remove()
         for module in (*self.layers.values(), *self.relays.values()):
             if getattr(module, "lavender_tap", (None,))[0] is self:
                 del module.lavender_tap
@@ -223,7 +248,7 @@ class AttentionTap:
         self._forget()
 
     def _forget(self) -> None:
-        self._calls = {}
+        self._calls, self._hidden = {}, {}
 
     def _refuse_reentrant(self) -> None:
         for module in self._checkpointed:

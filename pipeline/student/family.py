@@ -35,6 +35,7 @@ class Family:
     """
 
     style = chat.Style()
+    in_text = False  # whether the image's tokens are among the text's
     parts: ClassVar[tuple[str, ...]] = ()  # names that `model.parts` may give to `load`
 
     def __init__(self, processor, max_length: int = 4096, align: "AlignConfig | None" = None):

@@ -66,6 +66,7 @@ class Parts:
 class Native(Family):
     """The family of all models in `layouts.LAYOUTS`."""
 
+    in_text = True
     layout: Layout
 
     @classmethod
