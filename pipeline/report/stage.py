@@ -138,8 +138,9 @@ class _Library:
             return None
         split, _, rest = uid.rpartition("/")
         key, archive = rest.partition(":")[0], self._archive(split)
-        shard = next((one for one in map(archive.shard, range(len(archive.shards))) if key in one.keys), None)
-        data = shard.image(shard.keys.index(key)) if shard else None
+        number = next((n for n, tar in enumerate(archive.shards) if tar.stem == key[:5]), None)  # the keys' own scheme
+        shard = None if number is None else archive.shard(number)
+        data = shard.image(shard.keys.index(key)) if shard and key in shard.keys else None
         try:
             return None if data is None or uid.endswith(BLIND) else decode(data)
         except ImageError:
