@@ -324,6 +324,32 @@ def test_evaluation_images_are_refused(tmp_path, flickr):
     shard(config(tmp_path, **flickr, evaluation=[str(held)], max_failed=1))
 
 
+def test_the_papers_mixture_keeps_its_test_images_out(tmp_path, flickr):
+    """The config itself, on four tiny parts; one of them holds an image of Flickr30k's test split."""
+    laion(tmp_path / "laion")
+    rows = [{"image": {"bytes": png(n)}, "question": "Q?", "chosen": "A", "idx": n} for n in (50, 51)]
+    table(tmp_path / "rlaif" / "a.parquet", rows)
+    book = {"imageURL": "x.png", "questions": ["Who?"], "answers": ["Me"], "split": 1}
+    (tmp_path / "ocr" / "images").mkdir(parents=True)
+    (tmp_path / "ocr" / "images" / "b.png").write_bytes(png(60))
+    (tmp_path / "ocr" / "dataset.json").write_text(json.dumps({"b": book}))
+    folders = {
+        "flickr30k": tmp_path,
+        "laion": tmp_path / "laion",
+        "rlaif_v": tmp_path / "rlaif",
+        "ocrvqa": tmp_path / "ocr",
+    }
+    given = [f"data.parts.{name}.path={folder}" for name, folder in folders.items()]
+    cfg = compose(["data=lavender130k", *given, "data.max_failed=1", f"shards_dir={tmp_path}/shards"])
+    assert shard(cfg).counts["status"]["ok"] == 11
+    sources = {example.source for example in Archive(tmp_path / "shards/lavender130k/examples/train")}
+    assert sources == set(folders)
+    table(tmp_path / "rlaif" / "a.parquet", [{**rows[0], "image": {"bytes": png(2)}}, rows[1]])
+    cfg.overwrite = True
+    with pytest.raises(UserError, match=r"1 image of data.evaluation.*rlaif_v/50"):
+        shard(cfg)
+
+
 # --- what was told before can be tried again ---
 
 

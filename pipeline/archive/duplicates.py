@@ -34,14 +34,20 @@ def repeated(splits: Mapping[str, Sequence[Image]]) -> dict[str, int]:
     }
 
 
-def refuse_evaluation(evaluation: Sequence[str], train: Sequence[Image]) -> None:
-    """Checks that none of the images that `evaluation` names (folders, files, tables of shards) is trained on.
+def refuse_evaluation(evaluation: Sequence[str], splits: Mapping[str, Sequence[Image]]) -> None:
+    """Checks that none of the images that `evaluation` names is trained on.
+
+    Args:
+        evaluation: splits of this data set, and folders, files or tables of shards.
 
     Raises:
         UserError: some are, or a name does not exist.
     """
-    held = {sha256 for given in evaluation for sha256 in _hashes(Path(given).expanduser())}
-    found = [name for name, sha256 in train if sha256 in held]
+    held: set[str] = set()
+    for given in evaluation:
+        own = splits.get(given) if given != "train" else None
+        held.update(_hashes(Path(given).expanduser()) if own is None else (sha256 for _, sha256 in own))
+    found = [name for name, sha256 in splits.get("train", []) if sha256 in held]
     if found:
         raise UserError(
             f"{len(found)} image{'s' if len(found) > 1 else ''} of data.evaluation would be trained on"

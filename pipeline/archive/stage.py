@@ -126,7 +126,7 @@ def _close(cfg: "Config", jobs: list["Job"], seconds: float) -> dict[str, Any]:
     total = _add_up(list(counts.values()))
     _refuse_failures(cfg, total)
     found = {split: images([job.receipt for job in group]) for split, group in folders.items()}
-    refuse_evaluation(cfg.data.evaluation, found.get("train", []))
+    refuse_evaluation(cfg.data.evaluation, found)
     total["repeated"] = repeated(found)
     manifests = []
     for split, group in folders.items():

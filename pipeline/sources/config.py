@@ -28,7 +28,7 @@ class DataConfig:
         captions: `first` or `all` captions of an image, each as an example of its own.
         columns: what the columns of a table are called: image, question, answer, conversations, id.
         parts: data sets of a mixture by name, each with settings of its own and a `weight` (1 takes it once).
-        evaluation: folders or files of images that must not be trained on, compared by content.
+        evaluation: splits, folders or files of images that must not be trained on, compared by content.
         retry_failed: read the inputs again that failed before, and only those.
         sizes: inputs per split, for sources that generate them.
         seed: of the generator, for sources that generate.
