@@ -35,6 +35,7 @@ from pipeline.receipts import Damaged
 MANIFEST = "manifest.json"
 _SMALL = {"range": "<f4", "status": "u1", "turn": "<i4", "start": "<i4", "end": "<i4", "offsets": "<i8"}
 _CACHED_CHUNKS = 16
+_FEW = 2  # chunks that are read by hand
 _as_word = partial(tuple.__new__, Word)  # what Word._make does, three times as fast
 
 
@@ -220,7 +221,9 @@ class Group:
         Raises:
             Damaged: one is missing, damaged or in the wrong place; shard and key are named.
         """
-        whole = self._zarrs is not None and chunks.usable() and self._zarrs.read(first, last, into_NCHX)
+        # zarrs opens the file and reads its index on every call, which is dear for the one or two chunks of an example.
+        zarrs = self._zarrs if last - first > _FEW and chunks.usable() else None
+        whole = zarrs is not None and zarrs.read(first, last, into_NCHX)
         for position, chunk in enumerate(into_NCHX, first):
             # The zeros of a missing chunk would fit the digest of one that really is zeros.
             if not (whole and (chunk[0].any() or chunk.any()) and self._fits("maps", position, chunk)):
