@@ -169,7 +169,9 @@ class OpenFlamingo(PreTrainedModel, GenerationMixin):
         sight.latents_BIQC, sight.image_BL = image_latents, image_of_token
         sight.probs = [] if output_attentions else None
         places = {} if position_ids is None else {"position_ids": position_ids}
-        if places and attention_mask is None and input_ids.shape[1] > 1 and self.config.text_config.model_type == "mpt":
+        # Positions that begin again within a row are how packed texts are told apart; those of one text ascend.
+        packed = attention_mask is None and position_ids is not None and bool((position_ids.diff(dim=1) != 1).any())
+        if packed and self.config.text_config.model_type == "mpt":
             raise UserError("MPT knows no positions: packed sequences cannot be told apart, give one in each row")
         made = self.lang_encoder(
             input_ids=input_ids,
