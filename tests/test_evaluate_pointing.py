@@ -27,7 +27,7 @@ def test_each_question_is_asked_alone_and_captions_are_not():
     found = questions(example(), "test", 7, exclude=["caption"])
     assert [(q.uid, q.kind, q.prompt, q.gold, q.index) for q in found] == [
         ("test/0000000000:3", "attribute", "What colour is the circle?", "red", 7),
-        ("test/0000000000:5", "other", "Is there a cat?", "no", 7),
+        ("test/0000000000:5", "yesno", "Is there a cat?", "no", 7),
     ]
     asked = alone(example(), 3)
     assert asked.turns == example().turns[2:4]
