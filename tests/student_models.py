@@ -52,6 +52,7 @@ NATIVE = (
     "idefics2",
     "idefics2_split",
     "paligemma",
+    "minicpmv4_6",
 )
 FLAMINGOS = {"openflamingo-3b": ("mosaic_gpt", 1), "openflamingo-4b": ("gpt_neox", 2), "openflamingo-9b": ("mpt", 4)}
 KINDS = ("mllama", "minicpm-llama3-v25", *NATIVE, *FLAMINGOS)
@@ -210,6 +211,42 @@ def build(kind: str, directory: Path) -> Path:
             image_token_id=tok.convert_tokens_to_ids("<image>"),
         )
         processor = image_class(size={"shortest_edge": 30, "longest_edge": 92}, do_image_splitting=split)
+    elif kind == "minicpmv4_6":
+        names = ("image_start", "image_end", "slice_start", "slice_end", "image_id_start", "image_id_end")
+        texts = ("<image>", "</image>", "<slice>", "</slice>", "<image_id>", "</image_id>")
+        tok = tokenizer(
+            CHATML,
+            "<|image_pad|>",
+            ("<|im_start|>", "<|im_end|>", "<|video_pad|>"),
+            **{f"{name}_token": text for name, text in zip(names, texts, strict=True)},
+        )
+        vision = {
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": 64,
+            "patch_size": 4,
+        }
+        text = TEXT | {
+            "model_type": "qwen3_5_text",
+            "head_dim": 8,
+            "layer_types": ["linear_attention", "full_attention"],
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]},
+            "partial_rotary_factor": 1.0,
+        }
+        config = hf.MiniCPMV4_6Config(
+            text_config=text,
+            vision_config=vision,
+            insert_layer_id=0,
+            image_token_id=tok.convert_tokens_to_ids("<|image_pad|>"),
+            video_token_id=tok.convert_tokens_to_ids("<|video_pad|>"),
+        )
+        processor = image_class(patch_size=4, scale_resolution=64)
     elif kind == "paligemma":
         tok = tokenizer("", "<image>")
         tok.chat_template = None  # it has none

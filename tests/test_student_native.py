@@ -103,3 +103,55 @@ def test_gemma3_with_crops_is_refused(tmp_path_factory):
     Path(file).write_text(json.dumps(found | {"do_pan_and_scan": True}))
     with pytest.raises(UserError, match="pan-and-scan"):
         load_student(cfg)
+
+
+@pytest.fixture(scope="module")
+def minicpm46(tmp_path_factory):
+    return loaded("minicpmv4_6", tmp_path_factory)
+
+
+@pytest.mark.parametrize("size", [(40, 40), (40, 150), (300, 110)])
+def test_minicpm46_image_text_is_that_of_the_published_processor(minicpm46, size):
+    """Its class wants a video processor, which needs torchvision: what it writes for an image is asked for alone."""
+    from transformers import MiniCPMV4_6Processor
+
+    _, student = minicpm46
+    image = decode(example("", "", size).image)
+    published = object.__new__(MiniCPMV4_6Processor)
+    names = ("image", "image_start", "image_end", "slice_start", "slice_end", "image_id_start", "image_id_end")
+    for name in names:
+        setattr(published, f"{name}_token", getattr(student.family.tokenizer, f"{name}_token", "<|image_pad|>"))
+    published.slice_mode = True
+    made = student.processor.image_processor([image], return_tensors="pt")
+    text = published.replace_image_token(made, image_idx=0, image_token_divisor=16)
+    [text] = published._prepend_local_ids(["<|image_pad|>"], [text], "<|image_pad|>")
+    laid = student.family.layout(image)
+    assert laid.text == text
+    assert ("<slice>" in text) == (size != (40, 40))
+    assert torch.equal(laid.tensors["pixel_values"], made["pixel_values"])
+    assert torch.equal(laid.tensors["target_sizes"], made["target_sizes"])
+
+
+def test_minicpm46_with_four_times_the_tokens_and_what_is_refused(minicpm46):
+    """`downsample_mode: 4x` makes a token of 2x2 patches; it must be that of both the processor and the model."""
+    _, student = minicpm46
+    one = example(QUESTION, ANSWER, (40, 150))
+    config, made = student.model.config, student.processor.image_processor
+    count = len(student.family.encode_one(one).pieces[0].columns_HW.ravel())
+    made.downsample_mode = "4x"
+    try:
+        with pytest.raises(UserError, match="downsample_mode 4x"):
+            student.family.prepare(student.model)
+        config.downsample_mode = "4x"
+        finer = type(student.family.layout)(config, made, student.family.tokenizer)
+        laid = finer(decode(one.image))
+        assert laid.pieces[0].columns_HW.size == pytest.approx(4 * count, rel=0.3)
+        with torch.no_grad():
+            features = student.model.model.get_image_features(**laid.tensors).pooler_output
+        assert [len(found) for found in features] == [piece.columns_HW.size for piece in laid.pieces]
+        made.do_resize = False
+        with pytest.raises(UserError, match="do_resize"):
+            student.family.prepare(student.model)
+    finally:
+        made.downsample_mode = config.downsample_mode = "16x"
+        made.do_resize = True

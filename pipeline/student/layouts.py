@@ -54,8 +54,10 @@ class Layout:
     tokenizer: object
     marker: str = field(init=False)
     token: str = field(init=False)
-    # Tensors that get a batch dimension; the others of several images are joined along their first.
+    # Tensors that get a batch dimension; the others of several images are joined along their first, or along another.
     stacked: ClassVar[tuple[str, ...]] = ("pixel_values",)
+    along: ClassVar[dict[str, int]] = {}
+    packs: ClassVar[bool] = True  # whether layers keep several sequences in one row apart by their positions
 
     def __post_init__(self) -> None:
         self.token = self.marker = self.tokenizer.convert_ids_to_tokens(self.image_id)
@@ -80,8 +82,9 @@ class Layout:
         return columns_BTHW
 
     def layers(self, count: int) -> list[int]:
-        """Text layers that attend to the whole image."""
-        return list(range(count))
+        """Text layers that attend to the whole image: not those of a sliding window, nor of linear attention."""
+        kinds = getattr(self.config.get_text_config(), "layer_types", None)
+        return [index for index in range(count) if not kinds or kinds[index] == "full_attention"]
 
     def pixels(self, image: "Image", **options) -> dict[str, torch.Tensor]:
         return dict(self.processor([image], return_tensors="pt", **options))
@@ -300,9 +303,51 @@ class Gemma3(Layout):
     def extra(self, image_BL: torch.Tensor) -> dict[str, torch.Tensor]:
         return {"token_type_ids": image_BL.long()}
 
-    def layers(self, count: int) -> list[int]:
-        kinds = self.config.text_config.layer_types
-        return [index for index in range(count) if kinds[index] == "full_attention"]
+
+class MiniCPM46(Layout):
+    """MiniCPM-V 4.6: the whole image, then, of a large one, a grid of slices, each stretched to a multiple of four (or
+    two) patches, which become one token. Only every fourth layer of the text model attends; the others are linear."""
+
+    stacked: ClassVar[tuple[str, ...]] = ()
+    along: ClassVar[dict[str, int]] = {"pixel_values": 3}  # the patches of all images in one row
+    packs: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        made, config = self.processor, self.config
+        if made.downsample_mode != config.downsample_mode:
+            raise UserError(
+                f"minicpmv4_6: its processor counts tokens for downsample_mode {made.downsample_mode}, the model makes "
+                f"them for {config.downsample_mode}"
+            )
+        merges = tuple(config.merge_kernel_size), tuple(config.vision_config.window_kernel_size), config.merger_times
+        if merges != ((2, 2), (2, 2), 1):
+            raise UserError("minicpmv4_6 that merges patches other than 2x2 and 2x2 is not supported")
+        if not made.do_resize:
+            raise UserError("minicpmv4_6 without do_resize is not supported: images would not fill whole tokens")
+        self.patches = 2 if config.downsample_mode == "4x" else 4  # of a token, in height and width
+
+    def __call__(self, image: "Image") -> Laid:
+        tensors = self.pixels(image)
+        rows, cols = tensors.pop("grids")[0]
+        tensors.pop("num_patches_per_image")
+        # The whole, then its slices, row by row; all as tokens of height and width.
+        sizes = (tensors["target_sizes"] // self.patches).tolist()
+        places = [(0, 0, 1, 1)] + [(r, c, rows, cols) for r in range(rows) for c in range(cols)]
+        pieces, texts, first = [], [], 0
+        for (r, c, of_rows, of_cols), (high, wide) in zip(places, sizes, strict=True):
+            pieces.append(
+                Piece(grid(first, high, wide), r / of_rows, c / of_cols, 1 / (of_rows * high), 1 / (of_cols * wide))
+            )
+            texts.append(self.token * (high * wide))
+            first += high * wide
+        tok = self.tokenizer
+        text = tok.image_start_token + texts[0] + tok.image_end_token
+        if self.processor.use_image_id:
+            text = f"{tok.image_id_start_token}0{tok.image_id_end_token}{text}"
+        slices = [tok.slice_start_token + run + tok.slice_end_token for run in texts[1:]]
+        text += "\n".join("".join(slices[r * cols : (r + 1) * cols]) for r in range(rows))
+        return Laid(tensors, text, pieces)
 
 
 def tiled(rows: int, cols: int, side: int) -> list[Piece]:
@@ -330,5 +375,6 @@ LAYOUTS: dict[str, type[Layout]] = {
     "smolvlm": Idefics3,
     "gemma3": Gemma3,
     "idefics2": Idefics2,
+    "minicpmv4_6": MiniCPM46,
     "paligemma": Llava,  # a square
 }

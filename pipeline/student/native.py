@@ -89,6 +89,8 @@ class Native(Family):
         self.layout = LAYOUTS[kind](model.config, self.processor.image_processor, self.tokenizer)
         blank = self._joined([self.layout(_blank()).tensors])
         inner = _inner(model)
+        if not self.layout.packs:
+            inner.register_forward_pre_hook(_refuse_packed, with_kwargs=True)
         inner.register_forward_pre_hook(partial(_run_blank, blank), with_kwargs=True)
         inner.register_forward_hook(_add_blank, with_kwargs=True)
 
@@ -144,7 +146,8 @@ class Native(Family):
         made = {}
         for name in images[0] if images else ():
             values = [image[name] for image in images]
-            made[name] = stack(values) if name in self.layout.stacked else torch.cat(values)
+            along = self.layout.along.get(name, 0)
+            made[name] = stack(values) if name in self.layout.stacked else torch.cat(values, along)
         return made
 
 
@@ -152,6 +155,14 @@ def _blank() -> "Image":
     from PIL import Image
 
     return Image.new("RGB", (64, 64))
+
+
+def _refuse_packed(module: nn.Module, args: tuple, kwargs: dict) -> None:
+    """Layers of linear attention carry their state from one sequence of a row into the next."""
+    places = kwargs.get("position_ids")
+    begins = kwargs.get("attention_mask") is None and places is not None and places.shape[-1] > 1
+    if kwargs.get("cu_seq_lens_q") is not None or (begins and bool((places.diff(dim=-1) < 0).any())):
+        raise UserError(f"{module.config.model_type} cannot take packed sequences: its linear layers would mix them")
 
 
 def _run_blank(blank: dict[str, torch.Tensor], module: nn.Module, args: tuple, kwargs: dict) -> None:
