@@ -161,7 +161,7 @@ def _refuse_packed(module: nn.Module, args: tuple, kwargs: dict) -> None:
     """Layers of linear attention carry their state from one sequence of a row into the next."""
     places = kwargs.get("position_ids")
     begins = kwargs.get("attention_mask") is None and places is not None and places.shape[-1] > 1
-    if kwargs.get("cu_seq_lens_q") is not None or (begins and bool((places.diff(dim=-1) < 0).any())):
+    if kwargs.get("cu_seq_lens_q") is not None or (begins and bool((places.diff(dim=-1) != 1).any())):
         raise UserError(f"{module.config.model_type} cannot take packed sequences: its linear layers would mix them")
 
 
