@@ -8,7 +8,7 @@ import torch
 from conftest import SMALL
 
 from pipeline.student.capture import AttentionTap
-from pipeline.train.loop import Tuned
+from pipeline.train.tuned import Tuned
 
 
 @pytest.fixture(scope="module")

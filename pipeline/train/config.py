@@ -26,6 +26,7 @@ class TrainConfig:
         lr: peak learning rate, after a linear warm-up over ``warmup`` (share of the steps), then ``schedule``.
         aligner_lr: of the Aligner, whose weights start from scratch.
         precision: ``no`` or ``bf16`` compute.
+        logits_mb: MiB of float32 logits computed at once; where a micro-batch has more, in chunks.
         checkpoint_every: steps between checkpoints to resume from; the last ``keep_checkpoints`` are kept.
         window: shards that are shuffled together; 0 takes all.
         workers: processes or threads that prepare batches; 0 prepares them in the loop.
@@ -50,6 +51,7 @@ class TrainConfig:
     schedule: str = "cosine"
     precision: str = "no"
     gradient_checkpointing: bool = False
+    logits_mb: int = 256
     checkpoint_every: int = 500
     keep_checkpoints: int = 2
     log_every: int = 10
@@ -66,6 +68,6 @@ class TrainConfig:
             raise ValueError(f"train.precision={self.precision}: choose no or bf16")
         if self.steps <= 0 and self.epochs <= 0:
             raise ValueError("train.steps and train.epochs are both 0: give one of them")
-        for name in ("batch_size", "micro_batch", "checkpoint_every", "keep_checkpoints", "log_every"):
+        for name in ("batch_size", "micro_batch", "checkpoint_every", "keep_checkpoints", "log_every", "logits_mb"):
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name}={getattr(self, name)}: must be at least 1")

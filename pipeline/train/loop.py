@@ -1,4 +1,4 @@
-"""The training loop: `train_loop`, readable from top to bottom, and the module it optimises."""
+"""The training loop: `train_loop`, readable from top to bottom. What it optimises is in `tuned`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
-from torch import nn
 
 from pipeline.align.loss import varies
 from pipeline.align.schedule import factor, language_factor
@@ -18,12 +16,11 @@ from pipeline.student.batch import IGNORED
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from torch import nn
 
     from pipeline.align.config import AlignConfig
-    from pipeline.align.loss import AlignmentLoss
     from pipeline.progress import Progress
     from pipeline.student.batch import StudentBatch
-    from pipeline.student.capture import AttentionTap
     from pipeline.train.config import TrainConfig
     from pipeline.train.data import Batches
     from pipeline.train.metrics import Metrics
@@ -31,28 +28,6 @@ if TYPE_CHECKING:
 
 class NotFinite(RuntimeError):
     """A loss or a gradient is NaN or infinite; the message names the step and the examples."""
-
-
-class Tuned(nn.Module):
-    """The student and the Aligner as one module, so that one wrapper (DDP, FSDP) sees every trained weight."""
-
-    def __init__(self, student: nn.Module, align: AlignmentLoss, tap: AttentionTap):
-        super().__init__()
-        self.student, self.align, self.tap = student, align, tap
-
-    def forward(self, batch: StudentBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Sums over a micro-batch: cross-entropy over its label tokens, alignment error over its words, and how many
-        words that is."""
-        self.tap.rows(batch.words)
-        # The logit at position p predicts token p + 1; positions that predict nothing learnt need no logits.
-        following_BL = F.pad(batch.labels[:, 1:], (0, 1), value=IGNORED)
-        needed_P = (following_BL != IGNORED).any(0).nonzero().squeeze(1)
-        logits_BPV = self.student(**batch.inputs, logits_to_keep=needed_P, use_cache=False).logits.float()
-        ce = F.cross_entropy(
-            logits_BPV.flatten(0, 1), following_BL[:, needed_P].flatten(), ignore_index=IGNORED, reduction="sum"
-        )
-        aligned, words = self.align.sums(self.tap, batch, batch.targets, batch.valid)
-        return ce, aligned, words
 
 
 def train_loop(

@@ -63,9 +63,10 @@ def _train(cfg: Config, run: Path, archive: Archive, steps: int, label: str) -> 
     from pipeline.train import checkpoint
     from pipeline.train.data import Batches
     from pipeline.train.export import export
-    from pipeline.train.loop import Tuned, train_loop
+    from pipeline.train.loop import train_loop
     from pipeline.train.metrics import FILE, Metrics
     from pipeline.train.targets import open_targets
+    from pipeline.train.tuned import Tuned
 
     started = time.monotonic()
     torch.manual_seed(cfg.seed)
@@ -79,7 +80,7 @@ def _train(cfg: Config, run: Path, archive: Archive, steps: int, label: str) -> 
     tap = AttentionTap(model, student.family)
     # Drawn from the seed alone, so that the Aligner starts alike in every arm, whatever was drawn before it.
     torch.manual_seed(cfg.seed)
-    tuned = Tuned(model, AlignmentLoss.for_tap(tap, cfg.align), tap)
+    tuned = Tuned(model, AlignmentLoss.for_tap(tap, cfg.align), tap, cfg.train.logits_mb << 20)
     weights = {name: p for name, p in tuned.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(
         [
