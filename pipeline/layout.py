@@ -22,7 +22,8 @@ class Layout:
 
     def __init__(self, cfg: "Config"):
         self.shards = Path(cfg.shards_dir) / cfg.data.name
-        self.runs = Path(cfg.runs_dir) / cfg.model.name / cfg.data.name
+        random = "" if cfg.model.weights == "published" else f"-random-{cfg.model.size}"  # never beside real results
+        self.runs = Path(cfg.runs_dir) / f"{cfg.model.name}{random}" / cfg.data.name
         self.source_dir = self.shards / "source"
         self.maps_dir = self.shards / "maps" / cfg.teacher.name
         suite = "" if cfg.eval.name == "default" else f"-{cfg.eval.name}"

@@ -8,6 +8,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipeline.student.tiny.minicpm import CHAT
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
@@ -23,18 +25,6 @@ NAMED = {
     9: "<|eot_id|>",
     10: "<|python_tag|>",
 }
-# Takes contents that are a string (MiniCPM) or a list of parts (Llama 3.2), and trims texts like the published ones.
-CHAT = (
-    "{%- for message in messages %}"
-    "{%- if loop.first %}{{- bos_token }}{% endif %}"
-    "{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' }}"
-    "{%- if message['content'] is string %}{{- message['content'] | trim }}"
-    "{%- else %}{%- for part in message['content'] %}"
-    "{%- if part['type'] == 'image' %}{{- 'IMAGE' }}{% else %}{{- part['text'] | trim }}{% endif %}"
-    "{%- endfor %}{% endif %}"
-    "{{- '<|eot_id|>' }}{%- endfor %}"
-    "{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
-)
 
 
 def llama3_tokenizer(

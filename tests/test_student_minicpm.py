@@ -7,7 +7,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from minicpm_models import CONFIG, CONTROL, LATENTS, build_minicpm, published_minicpm
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_student_families import TEXT, Eager, example, picture, tapped
@@ -22,6 +21,7 @@ from pipeline.student.load import load_student
 from pipeline.student.minicpm import MiniCPM, Processor, Slices, Slicing, in_line
 from pipeline.student.minicpm_model import MiniCPMVConfig, line_positions, positions
 from pipeline.student.planes import SIDE, shares
+from pipeline.student.tiny.minicpm import CONFIG, CONTROL, LATENTS, build_minicpm, published_minicpm
 
 SIZES = {
     "square": (64, 64),

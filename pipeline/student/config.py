@@ -8,6 +8,8 @@ from pipeline.errors import UserError
 
 DTYPES = ("float32", "bfloat16", "float16")
 ATTENTION = ("sdpa", "eager")
+WEIGHTS = ("published", "random")
+SIZES = ("full", "tiny")
 
 
 @dataclass
@@ -25,6 +27,8 @@ class ModelConfig:
         trust_remote_code: let transformers run Python code that comes with the weights.
         parts: where further parts of the model are, by name, for a checkpoint that holds only what was trained
             (OpenFlamingo: `language` and `vision`).
+        weights: `published` loads them; `random` draws them and downloads nothing, for tests and benchmarks.
+        size: of a model with random weights: `full` has the published shapes, `tiny` runs anywhere in seconds.
         max_length: longest sequence in tokens; longer conversations lose their end, never their image.
     """
 
@@ -37,11 +41,16 @@ class ModelConfig:
     attention: str = "sdpa"
     trust_remote_code: bool = False
     parts: dict[str, str] = field(default_factory=dict)
+    weights: str = "published"
+    size: str = "full"
     max_length: int = 4096
 
     def __post_init__(self) -> None:
-        for key, value, known in (("dtype", self.dtype, DTYPES), ("attention", self.attention, ATTENTION)):
+        for key, known in (("dtype", DTYPES), ("attention", ATTENTION), ("weights", WEIGHTS), ("size", SIZES)):
+            value = getattr(self, key)
             if value not in known:
                 raise UserError(f"unknown model.{key} '{value}': choose one of {', '.join(known)}")
+        if self.size == "tiny" and self.weights != "random":
+            raise UserError("model.size=tiny has no published weights: give model.weights=random with it")
         if self.max_length < 1:
             raise UserError(f"model.max_length is {self.max_length}: give at least 1")

@@ -64,6 +64,14 @@ class Family:
         """The model and its processor from a directory or hub id; options go to ``from_pretrained``."""
         raise NotImplementedError
 
+    @classmethod
+    def skeleton(cls, path: str, **options) -> tuple[nn.Module, object]:
+        """As `load` without reading any weights: the model of the config, drawn at random on the default device.
+
+        Under ``torch.device("meta")`` it takes no memory, which is how sizes are known before anything is loaded.
+        """
+        raise NotImplementedError
+
     def prepare(self, model: nn.Module) -> None:
         """Whatever a loaded model needs before its first forward."""
 

@@ -69,25 +69,21 @@ def load_student(cfg: ModelConfig, align: "AlignConfig | None" = None) -> Studen
     Raises:
         UserError: nothing there, no weights, weights that do not fit, or an architecture without a family.
     """
-    import torch
     from safetensors import SafetensorError
 
-    path = model_path(cfg.path)
-    if not Path(path).is_dir() and (cfg.path.startswith(("bundled:", ".", "/", "~")) or cfg.path.count("/") != 1):
-        raise UserError(f"no model directory {path}: give model.path= a directory or a hub id")
-    family = find_family(cfg, path)
-    unknown = sorted(set(cfg.parts) - set(family.parts))
-    if unknown:
-        raise UserError(f"model.parts.{unknown[0]}: {cfg.path} has no such part")
+    if cfg.weights == "random":
+        from pipeline.student.untrained import directory
+
+        cfg = directory(cfg)
+        if cfg.size == "full":  # there are no weights to read
+            return skeleton(cfg, align)
+    family, path, options = _found(cfg)
     try:
         (model, info), processor = family.load(
             path,
-            dtype=getattr(torch, cfg.dtype),
-            attn_implementation=cfg.attention,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # so that they are listed, and refused below
-            **({"parts": {name: model_path(part) for name, part in cfg.parts.items()}} if cfg.parts else {}),
-            **_where(cfg),
+            **options,
         )
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot load the model {cfg.path}: {_first_line(error)}") from error
@@ -96,6 +92,46 @@ def load_student(cfg: ModelConfig, align: "AlignConfig | None" = None) -> Studen
         raise UserError(
             f"the weights in {cfg.path} lack {len(missing)} tensors of the model in its shapes: {missing[0]}, ..."
         )
+    return _student(cfg, family, model, processor, align)
+
+
+def skeleton(cfg: ModelConfig, align: "AlignConfig | None" = None) -> Student:
+    """As `load_student` without reading weights: shapes, processor and family; see `Family.skeleton`.
+
+    Raises:
+        UserError: nothing there, or an architecture without a family.
+    """
+    if cfg.weights == "random":
+        from pipeline.student.untrained import directory
+
+        cfg = directory(cfg)
+    family, path, options = _found(cfg)
+    try:
+        model, processor = family.skeleton(path, **options)
+    except OSError as error:
+        raise UserError(f"cannot load the model {cfg.path}: {_first_line(error)}") from error
+    return _student(cfg, family, model, processor, align)
+
+
+def _found(cfg: ModelConfig) -> "tuple[type[Family], str, dict]":
+    """The family, the directory or hub id, and the options that both ways of loading take."""
+    import torch
+
+    path = model_path(cfg.path)
+    if not Path(path).is_dir() and (cfg.path.startswith(("bundled:", ".", "/", "~")) or cfg.path.count("/") != 1):
+        raise UserError(f"no model directory {path}: give model.path= a directory or a hub id")
+    family = find_family(cfg, path)
+    unknown = sorted(set(cfg.parts) - set(family.parts))
+    if unknown:
+        raise UserError(f"model.parts.{unknown[0]}: {cfg.path} has no such part")
+    options = {"dtype": getattr(torch, cfg.dtype), "attn_implementation": cfg.attention} | _where(cfg)
+    if cfg.parts:
+        options["parts"] = {name: model_path(part) for name, part in cfg.parts.items()}
+    return family, path, options
+
+
+def _student(cfg: ModelConfig, family: "type[Family]", model: "nn.Module", processor, align) -> Student:
+    """Checks of the processor that every family needs."""
     if not processor.tokenizer.is_fast:
         raise UserError(f"{cfg.path} has no fast tokenizer (tokenizer.json), which is needed to find words in tokens")
     if not processor.chat_template:

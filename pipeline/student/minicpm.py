@@ -18,14 +18,12 @@ from torch import nn
 from pipeline.errors import UserError
 from pipeline.student.batch import Item
 from pipeline.student.layouts import Laid, Layout, grid
-from pipeline.student.minicpm_model import MiniCPMV, line_positions
+from pipeline.student.minicpm_model import MiniCPMV, MiniCPMVConfig, line_positions
 from pipeline.student.native import Native, stack
 from pipeline.student.planes import Piece
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-    from pipeline.student.minicpm_model import MiniCPMVConfig
 
 UNKNOWN = "<unk>"  # stands for an image token
 MARKER = "<image></image>"  # stands for an image until its slices are known
@@ -179,10 +177,22 @@ class MiniCPM(Native):
 
     @classmethod
     def load(cls, path: str, **options) -> tuple[nn.Module, object]:
+        processor = cls._processor(path, options)
+        options.pop("trust_remote_code", None)  # nothing of the published code is run
+        return MiniCPMV.from_pretrained(path, **options), processor
+
+    @classmethod
+    def skeleton(cls, path: str, **options) -> tuple[nn.Module, object]:
+        processor = cls._processor(path, options)
+        kernels = {name: options[name] for name in ("dtype", "attn_implementation") if name in options}
+        where = {name: options[name] for name in ("revision", "local_files_only") if name in options}
+        return MiniCPMV._from_config(MiniCPMVConfig.from_pretrained(path, **where), **kernels), processor
+
+    @staticmethod
+    def _processor(path: str, options: dict) -> Processor:
         from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
         where = {name: options[name] for name in ("revision", "local_files_only") if name in options}
-        options.pop("trust_remote_code", None)  # nothing of the published code is run
         found, _ = PreTrainedConfig.get_config_dict(path, **where)
         tower = (found.get("vision_config") or {}).get("model_type", "")
         if not tower.startswith("idefics2"):
@@ -195,7 +205,7 @@ class MiniCPM(Native):
         for token in (UNKNOWN, "<image>", "</image>", "<slice>", "</slice>"):
             if token not in tokenizer.get_vocab():
                 raise UserError(f"the tokenizer of {path} has no token {token}")
-        return MiniCPMV.from_pretrained(path, **options), processor
+        return processor
 
     def prepare(self, model: nn.Module) -> None:
         self.layout = Slices(model.config, None, self.tokenizer)

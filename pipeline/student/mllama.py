@@ -29,17 +29,31 @@ class Mllama(Family):
 
     @classmethod
     def load(cls, path: str, **options) -> tuple[nn.Module, object]:
-        from transformers import AutoTokenizer, MllamaForConditionalGeneration, MllamaProcessor
+        from transformers import MllamaForConditionalGeneration
+
+        processor = cls._processor(path, **_where(options))
+        return MllamaForConditionalGeneration.from_pretrained(path, **options), processor
+
+    @classmethod
+    def skeleton(cls, path: str, **options) -> tuple[nn.Module, object]:
+        from transformers import MllamaConfig, MllamaForConditionalGeneration
+
+        where = _where(options)
+        config = MllamaConfig.from_pretrained(path, **where)
+        kernels = {name: options[name] for name in ("dtype", "attn_implementation") if name in options}
+        return MllamaForConditionalGeneration._from_config(config, **kernels), cls._processor(path, **where)
+
+    @classmethod
+    def _processor(cls, path: str, **where):
+        from transformers import AutoTokenizer, MllamaProcessor
         from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
 
-        where = {name: options[name] for name in ("revision", "local_files_only") if name in options}
         # The parts are loaded one by one because the default image processor needs torchvision; this one gives the
         # same pixels with PIL.
         image_processor = MllamaImageProcessorPil.from_pretrained(path, **where)
         tokenizer = AutoTokenizer.from_pretrained(path, **where)
         template = _chat_template(path, tokenizer, where)
-        processor = MllamaProcessor(image_processor, tokenizer, chat_template=template)
-        return MllamaForConditionalGeneration.from_pretrained(path, **options), processor
+        return MllamaProcessor(image_processor, tokenizer, chat_template=template)
 
     def prepare(self, model: nn.Module) -> None:
         from transformers.models.mllama.modeling_mllama import MllamaCrossAttentionDecoderLayer
@@ -131,6 +145,10 @@ class Mllama(Family):
             if item.image:
                 cross_BLIT[b, shift[b] + item.meta["at"] :, 0, : item.meta["tiles"]] = 1
         return made | {"cross_attention_mask": cross_BLIT}
+
+
+def _where(options: dict) -> dict:
+    return {name: options[name] for name in ("revision", "local_files_only") if name in options}
 
 
 def _ratios(tiles: int) -> list[tuple[int, int]]:

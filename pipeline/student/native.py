@@ -73,11 +73,17 @@ class Native(Family):
     def load(cls, path: str, **options) -> tuple[nn.Module, object]:
         from transformers import AutoModelForImageTextToText
 
-        where = {
-            name: options[name] for name in ("revision", "local_files_only", "trust_remote_code") if name in options
-        }
-        parts = Parts.load(path, **where)
+        parts = Parts.load(path, **_where(options))
         return AutoModelForImageTextToText.from_pretrained(path, **options), parts
+
+    @classmethod
+    def skeleton(cls, path: str, **options) -> tuple[nn.Module, object]:
+        from transformers import AutoConfig, AutoModelForImageTextToText
+
+        where = _where(options)
+        config = AutoConfig.from_pretrained(path, **where)
+        kernels = {n: options[n] for n in ("dtype", "attn_implementation", "trust_remote_code") if n in options}
+        return AutoModelForImageTextToText.from_config(config, **kernels), Parts.load(path, **where)
 
     def prepare(self, model: nn.Module) -> None:
         kind = model.config.model_type
@@ -149,6 +155,10 @@ class Native(Family):
             along = self.layout.along.get(name, 0)
             made[name] = stack(values) if name in self.layout.stacked else torch.cat(values, along)
         return made
+
+
+def _where(options: dict) -> dict:
+    return {name: options[name] for name in ("revision", "local_files_only", "trust_remote_code") if name in options}
 
 
 def _blank() -> "Image":

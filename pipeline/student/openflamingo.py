@@ -56,17 +56,38 @@ class OpenFlamingoFamily(Family):
         options = {name: options[name] for name in kept if name in options} | {
             "attn_implementation": _kernels(options.get("attn_implementation", "sdpa"))
         }
-        published = _file(path, CHECKPOINT, **where)
+        published = cls._published(path, parts, where)
         if published is None:
             return OpenFlamingo.from_pretrained(path, **options, **where), Parts.load(path, **where)
+        where.pop("revision", None)  # it is the checkpoint's
+        return assemble(published, parts["language"], parts["vision"], where, options)
+
+    @classmethod
+    def skeleton(cls, path: str, parts: Mapping[str, str] | None = None, **options) -> tuple[nn.Module, object]:
+        from transformers.modeling_utils import load_state_dict
+
+        where = {name: options[name] for name in ("revision", "local_files_only") if name in options}
+        published = cls._published(path, parts, where)
+        if published is None:
+            config, processor = OpenFlamingoConfig.from_pretrained(path, **where), Parts.load(path, **where)
+        else:
+            where.pop("revision", None)
+            shapes = load_state_dict(published, map_location="meta")
+            config, processor, _ = _outline(shapes, published, parts["language"], parts["vision"], where)
+        config._attn_implementation = _kernels(options.get("attn_implementation", "sdpa"))
+        return OpenFlamingo._from_config(config, dtype=options.get("dtype")), processor
+
+    @classmethod
+    def _published(cls, path: str, parts: Mapping[str, str] | None, where: Mapping) -> str | None:
+        """The published checkpoint's file; None in a directory that this code saved."""
+        published = _file(path, CHECKPOINT, **where)
         missing = [name for name in cls.parts if not (parts or {}).get(name)]
-        if missing:
+        if published is not None and missing:
             raise UserError(
                 f"{path} holds only what OpenFlamingo trained: give model.parts.{missing[0]}= the directory or hub id "
                 f"of its {missing[0]} model"
             )
-        where.pop("revision", None)  # it is the checkpoint's
-        return assemble(published, parts["language"], parts["vision"], where, options)
+        return published
 
     def prepare(self, model: nn.Module) -> None:
         tower = model.config.vision_config
@@ -127,10 +148,41 @@ def assemble(
     Raises:
         UserError: parts that do not belong together; tensors that are missing or too many.
     """
-    from transformers import AutoImageProcessor, AutoTokenizer, CLIPVisionConfig
     from transformers.modeling_utils import load_state_dict
 
     trained = {name: value for name, value in load_state_dict(published).items() if not name.startswith(_ALIASES)}
+    config, parts, stated = _outline(trained, published, language, vision, where)
+    text = config.text_config
+    kind = text.model_type
+    embedding = f"lang_encoder.{EMBEDDINGS[kind]}"
+    layer, inside = re.compile(rf"^({re.escape(LAYERS[kind])}\.\d+)\."), rf"\1.{FOLDER}."
+    weights = {
+        "lang_encoder." + layer.sub(inside, name): value
+        for name, value in text_weights(_weights(language, **where), stated).items()
+    }
+    for name in (embedding, "lang_encoder.embed_out.weight"):
+        if name in weights and name not in trained:
+            if len(weights[name]) < text.vocab_size:
+                raise UserError(f"{language} has embeddings for {len(weights[name])} of {text.vocab_size} tokens")
+            weights[name] = weights[name][: text.vocab_size]
+    weights |= {f"vision_encoder.{name}": value for name, value in _tower(_weights(vision, **where)).items()}
+    weights |= {f"lang_encoder.{n}": v for n, v in text_weights(_inside(trained, "lang_encoder."), kind).items()}
+    weights |= {name: value for name, value in trained.items() if not name.startswith("lang_encoder.")}
+    model, info = OpenFlamingo.from_pretrained(
+        None, config=config, state_dict=weights, **{**options, "output_loading_info": True}
+    )
+    too_many = sorted(info["unexpected_keys"])
+    if too_many:
+        raise UserError(f"{len(too_many)} tensors of {published} or its parts have no place: {too_many[0]}, ...")
+    return ((model, info) if options.get("output_loading_info") else model), parts
+
+
+def _outline(
+    trained: Mapping[str, torch.Tensor], published: str, language: str, vision: str, where: Mapping
+) -> tuple[OpenFlamingoConfig, Parts, str]:
+    """The config, the processor and the language model's own `model_type`; of ``trained`` only the shapes are read."""
+    from transformers import AutoImageProcessor, AutoTokenizer, CLIPVisionConfig
+
     found = _json(language, "config.json", **where)
     text = text_config(found, language)
     kind = text.model_type
@@ -149,28 +201,8 @@ def assemble(
         image_token_id=tokenizer.convert_tokens_to_ids(IMAGE),
         **_sizes(trained, kind, published),
     )
-
-    layer, inside = re.compile(rf"^({re.escape(LAYERS[kind])}\.\d+)\."), rf"\1.{FOLDER}."
-    weights = {
-        "lang_encoder." + layer.sub(inside, name): value
-        for name, value in text_weights(_weights(language, **where), found["model_type"]).items()
-    }
-    for name in (embedding, "lang_encoder.embed_out.weight"):
-        if name in weights and name not in trained:
-            if len(weights[name]) < text.vocab_size:
-                raise UserError(f"{language} has embeddings for {len(weights[name])} of {text.vocab_size} tokens")
-            weights[name] = weights[name][: text.vocab_size]
-    weights |= {f"vision_encoder.{name}": value for name, value in _tower(_weights(vision, **where)).items()}
-    weights |= {f"lang_encoder.{n}": v for n, v in text_weights(_inside(trained, "lang_encoder."), kind).items()}
-    weights |= {name: value for name, value in trained.items() if not name.startswith("lang_encoder.")}
-    model, info = OpenFlamingo.from_pretrained(
-        None, config=config, state_dict=weights, **{**options, "output_loading_info": True}
-    )
-    too_many = sorted(info["unexpected_keys"])
-    if too_many:
-        raise UserError(f"{len(too_many)} tensors of {published} or its parts have no place: {too_many[0]}, ...")
     parts = Parts(tokenizer, AutoImageProcessor.from_pretrained(vision, backend="pil", **where), TEMPLATE, language)
-    return ((model, info) if options.get("output_loading_info") else model), parts
+    return config, parts, found["model_type"]
 
 
 def _sizes(trained: Mapping[str, torch.Tensor], kind: str, name: str) -> dict[str, int]:

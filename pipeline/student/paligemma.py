@@ -12,7 +12,7 @@ from torch import nn
 
 from pipeline.errors import UserError
 from pipeline.student.batch import IGNORED, Item
-from pipeline.student.native import Native
+from pipeline.student.native import Native, Parts
 
 # `image` is the image token, `bos_token` and `eos_token` the tokenizer's.
 TEMPLATE = (
@@ -35,7 +35,16 @@ class PaliGemma(Native):
     @classmethod
     def load(cls, path: str, **options) -> tuple[nn.Module, object]:
         made, parts = super().load(path, **options)
-        model = made[0] if isinstance(made, tuple) else made
+        return made, cls._prompting(parts, made[0] if isinstance(made, tuple) else made, path)
+
+    @classmethod
+    def skeleton(cls, path: str, **options) -> tuple[nn.Module, object]:
+        model, parts = super().skeleton(path, **options)
+        return model, cls._prompting(parts, model, path)
+
+    @staticmethod
+    def _prompting(parts: Parts, model: nn.Module, path: str) -> Parts:
+        """The parts with the prompt's form, which the published ones do not state."""
         tokenizer = parts.tokenizer
         # As in the model's own processor: the start token comes after the image.
         tokenizer.add_bos_token = tokenizer.add_eos_token = False
@@ -44,7 +53,7 @@ class PaliGemma(Native):
         if not parts.chat_template:
             image = tokenizer.convert_ids_to_tokens(model.config.image_token_id)
             parts.chat_template = TEMPLATE.replace("IMAGE", repr(image))
-        return made, parts
+        return parts
 
     def collate_image(
         self, items: Sequence[Item], ids_BL: torch.Tensor, shift: Sequence[int], train: bool

@@ -4,11 +4,25 @@ import json
 from pathlib import Path
 
 import torch
-from llama3_tokenizer import CHAT
 from safetensors.torch import save_file
+
+from pipeline.student.tiny.mllama import build_tokenizer
+from pipeline.student.tiny.native import TEXTS
 
 WIDTH, VISION, INNER, LATENTS, VOCABULARY = 256, 32, 48, 6, 400
 CONTROL = ("<unk>", "<image>", "</image>", "<slice>", "</slice>")
+# Takes contents that are a string (MiniCPM) or a list of parts (Llama 3.2), and trims texts like the published ones.
+CHAT = (
+    "{%- for message in messages %}"
+    "{%- if loop.first %}{{- bos_token }}{% endif %}"
+    "{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' }}"
+    "{%- if message['content'] is string %}{{- message['content'] | trim }}"
+    "{%- else %}{%- for part in message['content'] %}"
+    "{%- if part['type'] == 'image' %}{{- 'IMAGE' }}{% else %}{{- part['text'] | trim }}{% endif %}"
+    "{%- endfor %}{% endif %}"
+    "{{- '<|eot_id|>' }}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
 # The published config.json, its sizes apart.
 CONFIG = {
     "architectures": ["MiniCPMV"],
@@ -114,10 +128,6 @@ def published_minicpm() -> dict[str, torch.Tensor]:
 
 def build_minicpm(directory: Path, tokenizer=None) -> Path:
     """Writes the checkpoint, its config and a tokenizer, whose ids must fit in 400 (None makes a small one)."""
-    from student_models import TEXTS
-
-    from pipeline.world.student import build_tokenizer
-
     directory.mkdir(parents=True, exist_ok=True)
     if tokenizer is None:
         tokenizer = build_tokenizer(TEXTS, vocabulary=320)
