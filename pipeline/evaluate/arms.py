@@ -139,7 +139,7 @@ def load(cfg: Config, run: Run, device: str) -> Student:
         student = replace(student, model=_merged(student.model, folder))
     else:
         # An absolute path, so that it cannot be taken for a hub id.
-        student = load_student(replace(cfg.model, path=str(folder.resolve())), align)
+        student = load_student(replace(cfg.model, path=str(folder.resolve()), weights="published", size="full"), align)
     student.model.to(device).eval().requires_grad_(False)
     return student
 

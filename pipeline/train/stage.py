@@ -208,7 +208,7 @@ def _reload(cfg: Config, path: Path) -> nn.Module:
     from pipeline.student.load import load_student
 
     if cfg.train.method == "full":
-        return load_student(replace(cfg.model, path=str(path.resolve()))).model
+        return load_student(replace(cfg.model, path=str(path.resolve()), weights="published", size="full")).model
     from peft import PeftModel
 
     return PeftModel.from_pretrained(load_student(cfg.model).model, path)
