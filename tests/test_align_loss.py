@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from pipeline.align.aligner import Aligner
 from pipeline.align.config import AlignConfig, ArmConfig
 from pipeline.align.loss import AlignmentLoss
+from pipeline.align.released import folded_tiles
 from pipeline.align.schedule import factor, language_factor
 from pipeline.errors import UserError
 from pipeline.student.batch import Item, StudentBatch, WordRows
@@ -311,3 +312,40 @@ def test_settings_are_checked():
     for wrong in ({"targets": "nobody"}, {"lam": -1.0}, {"lam": math.nan}):
         with pytest.raises(UserError, match=r"arm\."):
             ArmConfig(name="x", **wrong)
+
+
+@pytest.mark.parametrize("tiles", [1, 2, 4])
+def test_benchmarked_way_of_the_released_code_gives_the_maps_of_paper_compat(tiles):
+    """What the benchmark times as the authors' way is what `paper_compat` computes, position by position."""
+    from benchmarks import released
+
+    torch.manual_seed(3)
+    weights = torch.rand(1, 3, 6, 4 * 17)
+    rows = weights[0].transpose(0, 1)
+    stored = released.cross_layer(weights, [tiles])
+    expected = folded_tiles(rows, torch.full((6,), tiles), 4)
+    torch.testing.assert_close(stored[0].permute(2, 0, 1).unflatten(2, (32, 32)), expected)
+
+    aligner, words = Aligner(3), ["a", "red", "dog"]
+    targets = {word: torch.rand(32, 32) for word in words}
+    with torch.no_grad():
+        found = released.loss([stored, 2 * stored], aligner, [[" a", " red", "x", "y", " dog", "."]], [targets])
+        maps = (aligner(expected) + aligner(2 * expected)) / 2
+        errors = []
+        for place, word in zip((0, 1, 4), words, strict=True):
+            one = (maps[place] - maps[place].min()) / (maps[place].max() - maps[place].min())
+            errors.append(F.mse_loss(one, targets[word]))
+    assert float(found) == pytest.approx(float(sum(errors) / 3), rel=1e-4)
+
+
+def test_benchmarked_way_for_self_attention_takes_the_text_rows_and_the_image_columns():
+    from benchmarks import released
+
+    torch.manual_seed(4)
+    weights = torch.rand(1, 2, 9, 9)
+    image = torch.tensor([[0, 0, 1, 1, 1, 1, 0, 0, 0]], dtype=torch.bool)
+    stored = released.self_layer(weights, ~image, image)
+    expected = F.interpolate(
+        weights[0][:, ~image[0]][:, :, image[0]].transpose(0, 1).reshape(5, 2, 2, 2), (32, 32), mode="bilinear"
+    )
+    torch.testing.assert_close(stored[0].permute(2, 0, 1).unflatten(2, (32, 32)), expected)
