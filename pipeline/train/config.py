@@ -27,6 +27,9 @@ class TrainConfig:
         aligner_lr: of the Aligner, whose weights start from scratch.
         precision: ``no`` or ``bf16`` compute.
         logits_mb: MiB of float32 logits computed at once; where a micro-batch has more, in chunks.
+        on_nonfinite: when a loss or gradient is NaN or infinite, `stop` with the keys of the batch, or `skip` the step,
+            count it, and stop after ten in a row.
+        hang_timeout: seconds after which a step that has not ended shows where every thread is; 0 never.
         checkpoint_every: steps between checkpoints to resume from; the last ``keep_checkpoints`` are kept.
         window: shards that are shuffled together; 0 takes all.
         workers: processes or threads that prepare batches; 0 prepares them in the loop.
@@ -52,6 +55,8 @@ class TrainConfig:
     precision: str = "no"
     gradient_checkpointing: bool = False
     logits_mb: int = 256
+    on_nonfinite: str = "stop"
+    hang_timeout: float = 1800.0
     checkpoint_every: int = 500
     keep_checkpoints: int = 2
     log_every: int = 10
@@ -66,6 +71,10 @@ class TrainConfig:
             raise ValueError(f"train.schedule={self.schedule}: choose cosine, linear or constant")
         if self.precision not in ("no", "bf16"):
             raise ValueError(f"train.precision={self.precision}: choose no or bf16")
+        if self.on_nonfinite not in ("stop", "skip"):
+            raise ValueError(f"train.on_nonfinite={self.on_nonfinite}: choose stop or skip")
+        if self.hang_timeout < 0:
+            raise ValueError(f"train.hang_timeout={self.hang_timeout}: give seconds, or 0 to watch nothing")
         if self.steps <= 0 and self.epochs <= 0:
             raise ValueError("train.steps and train.epochs are both 0: give one of them")
         for name in ("batch_size", "micro_batch", "checkpoint_every", "keep_checkpoints", "log_every", "logits_mb"):

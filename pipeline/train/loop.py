@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
@@ -13,6 +12,9 @@ import torch
 from pipeline.align.loss import varies
 from pipeline.align.schedule import factor, language_factor
 from pipeline.student.batch import IGNORED
+from pipeline.train.clock import Clock
+from pipeline.train.guards import Finite, HangWatch
+from pipeline.train.metrics import Running, note
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -24,10 +26,6 @@ if TYPE_CHECKING:
     from pipeline.train.config import TrainConfig
     from pipeline.train.data import Batches
     from pipeline.train.metrics import Metrics
-
-
-class NotFinite(RuntimeError):
-    """A loss or a gradient is NaN or infinite; the message names the step and the examples."""
 
 
 def train_loop(
@@ -55,51 +53,58 @@ def train_loop(
     ranks, device = accelerator.num_processes, accelerator.device
     stop = min(steps, start + cfg.max_steps_per_call) if cfg.max_steps_per_call else steps
     peaks = (cfg.lr, cfg.aligner_lr)  # not what the optimizer says: a loaded one remembers its last rate
+    clock, finite = Clock(device), Finite(skip=cfg.on_nonfinite == "skip")
     running = Running()
-    for step, share in enumerate(batches.stream(start, stop, cfg.workers), start):
-        torch.manual_seed((seed * 1_000_003 + step) * 1_009 + accelerator.process_index)
-        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-            group["lr"] = peak * rate_factor(cfg, step, steps)
-        weight, language = lam * factor(align, step, steps), language_factor(align, step, steps)
+    with HangWatch(cfg.hang_timeout) as watch:
+        for step, share in enumerate(clock.waiting(batches.stream(start, stop, cfg.workers)), start):
+            torch.manual_seed((seed * 1_000_003 + step) * 1_009 + accelerator.process_index)
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                group["lr"] = peak * rate_factor(cfg, step, steps)
+            weight, language = lam * factor(align, step, steps), language_factor(align, step, steps)
 
-        micro = [batch.to(device) for batch in share.batches]
-        counts = torch.tensor(
-            [sum(int((b.labels[:, 1:] != IGNORED).sum()) for b in micro), sum(int(usable(b).sum()) for b in micro)],
-            device=device,
-        )
-        tokens, words = (max(int(n), 1) for n in accelerator.reduce(counts, "sum"))
-        sums = torch.zeros(2, device=device)
-        for number, batch in enumerate(micro):
-            # Gradients travel between processes once a step, with the last micro-batch.
-            with accelerator.no_sync(tuned) if number + 1 < len(micro) else nullcontext():
-                ce, aligned, _ = tuned(batch)
-                # DDP and FSDP average gradients over processes: times `ranks` makes it the sum of the parts.
-                loss = (language * ce / tokens + weight * aligned / words) * ranks
-                accelerator.backward(loss)
-            sums += torch.stack([ce.detach(), aligned.detach()])
-
-        norm = accelerator.clip_grad_norm_(tuned.parameters(), cfg.grad_clip)
-        ce, aligned = (float(s) for s in accelerator.reduce(sums, "sum") / torch.tensor([tokens, words], device=device))
-        if not math.isfinite(ce + aligned) or not math.isfinite(float(norm)):
-            keys = ", ".join(key for batch in micro for key in batch.keys)
-            raise NotFinite(
-                f"loss or gradient is not finite at step {step} (ce {ce}, align {aligned}, norm {float(norm)}); "
-                f"examples {keys}"
+            # How many label tokens and aligned words the global batch has: what the sums below are divided by.
+            micro = [batch.to(device) for batch in share.batches]
+            counts = torch.tensor(
+                [sum(int((b.labels[:, 1:] != IGNORED).sum()) for b in micro), sum(int(usable(b).sum()) for b in micro)],
+                device=device,
             )
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+            tokens, words = (max(int(n), 1) for n in accelerator.reduce(counts, "sum"))
 
-        done = step + 1
-        running.add(ce, aligned, tokens, words, share.skipped)
-        if done % cfg.log_every == 0 or done == steps:
-            line = running.line(done, language, weight, optimizer.param_groups[0]["lr"], float(norm))
-            if accelerator.is_main_process:
-                metrics.add(line)
-            progress.advance(
-                running.take(), note=f"loss {line['loss']:.3f} ce {line['ce']:.3f} align {line['align']:.4f}"
-            )
-        if done % cfg.checkpoint_every == 0 or done == stop:
-            save(done)
+            sums = torch.zeros(3, device=device)
+            for number, batch in enumerate(micro):
+                # Gradients travel between processes once a step, with the last micro-batch.
+                with accelerator.no_sync(tuned) if number + 1 < len(micro) else nullcontext():
+                    with clock.part("forward"):
+                        ce, aligned, _ = tuned(batch)
+                        # DDP and FSDP average gradients over processes: times `ranks` makes it the sum of the parts.
+                        loss = (language * ce / tokens + weight * aligned / words) * ranks
+                    with clock.part("backward"):
+                        accelerator.backward(loss)
+                sums[:2] += torch.stack([ce.detach(), aligned.detach()])
+
+            # No step with a loss or a gradient that is not finite on any process.
+            norm = accelerator.clip_grad_norm_(tuned.parameters(), cfg.grad_clip)
+            sums[2] = ~torch.isfinite(norm)
+            sums = accelerator.reduce(sums, "sum") / torch.tensor([tokens, words, 1], device=device)
+            ce, aligned, bad_norms = sums.tolist()
+            if finite.check(step, ce, aligned, bad_norms, micro):
+                with clock.part("optimizer"):
+                    optimizer.step()
+                running.add(ce, aligned, tokens, words, share.skipped)
+            else:
+                running.leave_out()
+            optimizer.zero_grad(set_to_none=True)
+
+            done = step + 1
+            if done % cfg.log_every == 0 or done == steps:
+                rate = optimizer.param_groups[0]["lr"]
+                line = running.line(done, language, weight, rate, float(norm), finite.skipped, clock.take())
+                if accelerator.is_main_process and line:
+                    metrics.add(line)
+                progress.advance(running.take(), note=note(line))
+            if done % cfg.checkpoint_every == 0 or done == stop:
+                save(done)
+            watch.again()
     return stop
 
 
@@ -118,36 +123,3 @@ def rate_factor(cfg: TrainConfig, step: int, steps: int) -> float:
     left = (step - warm) / max(steps - warm, 1)
     fall = 0.5 * (1 + math.cos(math.pi * left)) if cfg.schedule == "cosine" else 1 - left
     return 0.02 + 0.98 * fall
-
-
-class Running:
-    """Means since the last logged step; the loss is the mean of the optimised numbers."""
-
-    def __init__(self):
-        self.rows: list[tuple[float, float, int, int, int]] = []
-        self.since = time.monotonic()
-
-    def add(self, *row) -> None:
-        self.rows.append(row)
-
-    def line(self, step: int, language: float, weight: float, rate: float, norm: float) -> dict:
-        ce, aligned, tokens, words, skipped = (sum(column) / len(self.rows) for column in zip(*self.rows, strict=True))
-        seconds = (time.monotonic() - self.since) / len(self.rows)
-        return {
-            "step": step,
-            "loss": language * ce + weight * aligned,
-            "ce": ce,
-            "align": aligned,
-            "lambda": weight,
-            "lr": rate,
-            "grad_norm": norm,
-            "tokens": tokens,
-            "words": words,
-            "skipped": skipped,
-            "seconds_per_step": round(seconds, 4),
-        }
-
-    def take(self) -> int:
-        """Steps since the last call; begins anew."""
-        done, self.rows, self.since = len(self.rows), [], time.monotonic()
-        return done

@@ -60,7 +60,7 @@ def _train(cfg: Config, run: Path, archive: Archive, steps: int, label: str) -> 
     from pipeline.progress import Progress
     from pipeline.student.capture import AttentionTap
     from pipeline.student.load import load_student
-    from pipeline.train import checkpoint
+    from pipeline.train import checkpoint, guards
     from pipeline.train.data import Batches
     from pipeline.train.export import export
     from pipeline.train.loop import train_loop
@@ -119,7 +119,7 @@ def _train(cfg: Config, run: Path, archive: Archive, steps: int, label: str) -> 
         if accelerator.is_main_process:
             checkpoint.save(run, step, weights, optimizer.state_dict(), settings, cfg.train.keep_checkpoints)
 
-    with Progress(label, total=steps, unit="steps", done=start) as progress:
+    with Progress(label, total=steps, unit="steps", done=start) as progress, guards.memory(cfg.train):
         done = train_loop(
             accelerator,
             wrapped,

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 RECEIPT = "receipt.json"
 # Settings of how a run is carried out; they change nothing about what it computes.
-RUNTIME = ("name", "checkpoint_every", "keep_checkpoints", "log_every", "workers", "max_steps_per_call")
+RUNTIME = ("name", "checkpoint_every", "keep_checkpoints", "log_every", "workers", "max_steps_per_call", "hang_timeout")
 
 
 def uses_maps(cfg: Config) -> bool:
