@@ -139,6 +139,7 @@ def walk(work: Plan) -> int:
     """Runs what is missing, in order. Returns 0 or the exit code of the stage that failed."""
     clock = results.Seconds(Path(work.cfg.runs_dir) / "seconds.json")
     ran: set[str] = set()
+    checked = False
     for stage in work.stages:
         up_to_date = import_module(STATUS[stage]).up_to_date
         steps = work.steps(stage)
@@ -146,6 +147,9 @@ def walk(work: Plan) -> int:
         if not missing:
             print(f"{stage}: up to date", flush=True)
             continue
+        if not checked:
+            _check_models(work)
+            checked = True
         start = time.monotonic()
         width, threads = side_by_side(len(steps))
         code = None
@@ -160,6 +164,18 @@ def walk(work: Plan) -> int:
     if work.target in ("demo", "eval", "report"):
         _tell(work, clock, ran)
     return 0
+
+
+def _check_models(work: Plan) -> None:
+    """Before the first stage that runs: a model that a later one cannot load is refused now, not hours later.
+
+    Raises:
+        UserError: as `check` of the teacher's and of the student's weights.
+    """
+    if "precompute" in work.stages:
+        import_module("pipeline.teacher.weights").check(work.cfg.teacher)
+    if "train" in work.stages:
+        import_module("pipeline.student.weights").check(work.cfg.model)
 
 
 def _tell(work: Plan, clock: results.Seconds, ran: set[str]) -> None:

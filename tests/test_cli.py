@@ -1,5 +1,6 @@
 """A user's mistakes, through the real commands: one line on stderr that says what to do, exit code 2, no traceback."""
 
+import json
 import shutil
 import subprocess
 from pathlib import Path
@@ -81,6 +82,25 @@ def test_a_model_without_weights_is_refused(command, small_world, tmp_path):
     assert_refused(command("precompute", *SMALL, f"teacher.path={nothing}", cwd=work), str(nothing))
     nothing.mkdir()
     assert_refused(command("train", *SMALL, "arm=sft", f"model.path={nothing}", cwd=work), str(nothing), "config.json")
+
+
+def test_models_are_checked_before_the_first_stage_runs(command, tmp_path):
+    model, teacher = tmp_path / "model", tmp_path / "teacher"
+    without = shutil.ignore_patterns("*.safetensors")
+    shutil.copytree(BUNDLED / "student", model, ignore=without)
+    shutil.copytree(BUNDLED / "teacher", teacher, ignore=without)
+    assert_refused(command("chain", "demo", f"model.path={model}", cwd=tmp_path), str(model), "no weights")
+    assert_refused(command("chain", "demo", f"teacher.path={teacher}", cwd=tmp_path), "no weights", "*.safetensors")
+    assert_refused(command("chain", "eval", "model=llama32-11b", cwd=tmp_path), "hf download", "Llama-3.2-11B")
+    assert not (tmp_path / "shards").exists()
+
+
+def test_a_missing_image_folder_is_refused(command, tmp_path):
+    rows = [{"id": "1", "image": "1.png", "conversations": [{"from": "human", "value": "Who?"}]}]
+    (tmp_path / "train.json").write_text(json.dumps(rows))
+    nothing = tmp_path / "nothing"
+    refused = command("shard", "data=llava_json", "data.path=train.json", f"data.images={nothing}", cwd=tmp_path)
+    assert_refused(refused, str(nothing))
 
 
 def test_a_teacher_without_weights_is_refused(command, small_world, tmp_path):

@@ -48,7 +48,8 @@ def test_no_text_outside_ood_pairs_names_a_held_out_pair():
     for split in set(SPLITS) - {"ood_pairs"}:
         for rng, scene in scenes(split, 60):
             texts += [caption(rng, scene, loose=True).text, teacher_text(rng, scene).text]
-            texts += [e.question.text for e in exchanges(rng, scene, 6, True)]
+            for exchange in exchanges(rng, scene, 6, True):
+                texts += [exchange.question.text, exchange.answer.text]
     for colour, shape in HELD_OUT:
         assert not [t for t in texts if f"{colour} {shape}" in t or f"{shape} that is {colour}" in t]
 

@@ -9,6 +9,7 @@ from pipeline.errors import UserError
 from pipeline.student.config import ModelConfig
 from pipeline.weights import directory_digest
 
+WEIGHTS = (".safetensors", ".bin", ".pt")
 BUNDLED = Path(__file__).parent.parent / "world" / "models"
 
 
@@ -38,6 +39,28 @@ def builders_digest() -> str:
     """Names the code that makes students with random weights: another version of it makes others."""
     files = sorted((Path(__file__).parent / "tiny").glob("*.py"))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+
+
+def check(cfg: ModelConfig) -> None:
+    """Refuses early, before an earlier stage runs, what cannot be loaded later. A hub id that may be downloaded passes.
+
+    Raises:
+        UserError: no such directory, nothing that holds weights in it, or a hub id whose files are not on this machine.
+    """
+    if cfg.weights == "random":
+        return
+    for part in (cfg, *(replace(cfg, path=path, revision="") for path in cfg.parts.values())):
+        path = Path(model_path(part.path)).expanduser()
+        if path.is_dir():
+            if not cfg.family and part is cfg and not (path / "config.json").is_file():
+                raise UserError(f"{cfg.path} has no config.json: it is not a model directory")
+            if not any(file.suffix in WEIGHTS for file in path.iterdir()):
+                raise UserError(f"the model directory {part.path} has no weights ({', '.join(WEIGHTS)})")
+        elif "@" in _content(part) and cfg.local_files_only:
+            raise UserError(
+                f"the weights of model '{part.path}' are not on this machine: run `hf download {part.path}`, or allow "
+                "the download with model.local_files_only=false"
+            )
 
 
 def _content(cfg: ModelConfig) -> str:

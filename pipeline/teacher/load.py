@@ -11,7 +11,7 @@ from pipeline.teacher.adapter import Adapter
 from pipeline.teacher.config import TeacherConfig
 from pipeline.teacher.dit import FluxAdapter, SD3Adapter
 from pipeline.teacher.unet import UNetAdapter
-from pipeline.teacher.weights import locate, read_index
+from pipeline.teacher.weights import locate, read_index, require_weights
 
 FAMILIES = {
     "UNet2DConditionModel": UNetAdapter,
@@ -80,8 +80,7 @@ def load_parts(directory: Path, dtype: torch.dtype) -> dict[str, object]:
             raise UserError(f"{directory}: component '{name}' is a {library}.{kind}, which is not known here")
         options = {}
         if isinstance(cls, type) and issubclass(cls, torch.nn.Module):
-            if not any((directory / name).glob("*.safetensors")):
-                raise UserError(f"teacher component {directory / name} has no weights (*.safetensors)")
+            require_weights(directory / name)
             # float16 overflows in the encoder of some VAEs
             half = dtype == torch.float16 and name == "vae"
             options = {"torch_dtype": torch.float32 if half else dtype, "use_safetensors": True}

@@ -75,6 +75,27 @@ def _from_hub(cfg: TeacherConfig) -> Path:
     return path
 
 
+def check(cfg: TeacherConfig) -> None:
+    """Refuses early, before an earlier stage runs, what cannot be loaded later. A hub id that may be downloaded passes.
+
+    Raises:
+        UserError: as `locate` and `read_index`, or a component has no weights.
+    """
+    if not cfg.local_files_only and not cfg.path.startswith("bundled:") and not Path(cfg.path).expanduser().is_dir():
+        return
+    directory = locate(cfg)
+    for name in read_index(directory):
+        # of a pipeline's parts only the networks have a plain config.json
+        if (directory / name / "config.json").is_file() and name != "safety_checker":
+            require_weights(directory / name)
+
+
+def require_weights(component: Path) -> None:
+    """Raises UserError: the folder of a component holds no *.safetensors."""
+    if not any(component.glob("*.safetensors")):
+        raise UserError(f"teacher component {component} has no weights (*.safetensors)")
+
+
 def digest(path: Path) -> str:
     """Names the content of a pipeline directory: its components' configs, vocabularies and weights."""
     index = read_index(path)
