@@ -8,8 +8,11 @@ time: phrases, timesteps, grids and their weights, layers, renormalisation, refi
 inversions. Each axis starts from the best value so far by the mean of pointing game and mIoU on `val`; an axis that
 costs more forwards is tried last. What is reported on `test`: the plain mean over all layers, the settings of the
 configured teacher, `fast` (the best of one forward) and `best`. The threshold of mIoU is chosen on `val` for each
-setting. A word that the teacher has no window for counts as a miss. Intervals are over images (95%, bootstrap).
-`--table FILE` writes the rows as a table of Markdown.
+setting. A word that the teacher has no window for counts as a miss. Intervals are over images (95%, bootstrap); on
+`test` each setting is also compared with the plain mean, word by word. `--json FILE` is written after every setting, so
+that nothing measured is lost; `--document docs/teacher.md` writes the tables there from it, without measuring:
+
+    python -m benchmarks.teacher_quality --json results/teacher_quality.json --document docs/teacher.md
 """
 
 import argparse
@@ -27,7 +30,7 @@ import torch
 from pipeline.archive.read import Archive
 from pipeline.config import Config, compose
 from pipeline.errors import UserError
-from pipeline.evaluate.intervals import mean_interval
+from pipeline.evaluate.intervals import mean_interval, paired
 from pipeline.evaluate.pointing import THRESHOLDS, Pointing, best_threshold, measure, word_region
 from pipeline.examples import Example, decode
 from pipeline.layout import Layout
@@ -39,6 +42,8 @@ from pipeline.teacher.windows import teacher_texts
 
 PLAIN = {"resolutions": [], "resolution_weights": [], "layers": "", "renormalise": False, "refine": 0, "draws": 1,
          "phrases": "none", "refine_resolution": 0, "inversion": "none"}  # fmt: skip
+BEGIN, END = "<!-- sweep: begin -->", "<!-- sweep: end -->"  # what `--document` writes between
+SWEPT = (*PLAIN, "timesteps", "inversion_steps", "inner_steps")  # what a setting consists of
 STRESS = 0.7  # share of the stressed grid where grids are weighed; the others share the rest
 
 
@@ -106,6 +111,7 @@ def row(name: str, cfg: TeacherConfig, found: list[Word], threshold: float, seco
             by_group[group] = {"pointing": round(interval.value, 4), "ci95": interval.ci95, "n": interval.n}
     return {
         "setting": name,
+        "options": {key: getattr(cfg, key) for key in SWEPT},
         "nfe": cfg.forwards,
         "pointing": round(pointing.value, 4),
         "pointing_ci95": pointing.ci95,
@@ -119,6 +125,21 @@ def row(name: str, cfg: TeacherConfig, found: list[Word], threshold: float, seco
         "by": by_group,
         "seconds": round(seconds, 1),
     }
+
+
+def over(found: list[Word], threshold: float, reference: list[Word], other: float) -> dict:
+    """How much better than a reference on the same words, in pointing game and mIoU, each at its own threshold."""
+    images = [word.image for word in found]
+    assert images == [word.image for word in reference]
+    column, second = THRESHOLDS.index(threshold), THRESHOLDS.index(other)
+    out = {}
+    for name, ours, theirs in (
+        ("pointing", [w.found.hit for w in found], [w.found.hit for w in reference]),
+        ("miou", [w.found.ious[column] for w in found], [w.found.ious[second] for w in reference]),
+    ):
+        difference = paired(ours, theirs, images)
+        out[name] = {"value": round(difference.value, 4), "ci95": difference.ci95}
+    return out
 
 
 def show(line: dict) -> None:
@@ -135,8 +156,8 @@ def show(line: dict) -> None:
 class Sweep:
     """Tries settings on one split and remembers what each gave."""
 
-    def __init__(self, base: TeacherConfig, examples: Sequence[Example]):
-        self.base, self.examples = base, examples
+    def __init__(self, base: TeacherConfig, examples: Sequence[Example], done: Callable[[list[dict]], object]):
+        self.base, self.examples, self.done = base, examples, done
         self.tried: dict[str, dict] = {}
         self.options: dict[str, dict] = {}
 
@@ -151,6 +172,7 @@ class Sweep:
             self.tried[name] = row(name, cfg, found, threshold, time.monotonic() - began)
             self.options[name] = options
             show(self.tried[name])
+            self.done(list(self.tried.values()))
         line = self.tried[name]
         return (line["pointing"] + line["miou"]) / 2
 
@@ -258,16 +280,56 @@ def read_inversion(text: str) -> dict:
 
 def table(rows: Sequence[dict]) -> str:
     """The rows as a table of Markdown, in the order they were tried; the best of each column in bold."""
-    lines = ["| setting | NFE | pointing game | mIoU |", "|---|---|---|---|"]
+    roles = any("role" in line for line in rows)
+    differs = any("over_plain" in line for line in rows)
+    heads = [*(["chosen as"] if roles else []), "setting", "NFE", "pointing game", "mIoU"]
+    heads += ["pointing over the plain mean", "mIoU over the plain mean"] if differs else []
+    lines = [heads, ["---"] * len(heads)]
     top = {name: max(line[name] for line in rows) for name in ("pointing", "miou")}
     for line in rows:
-        cells = []
+        cells = [*([line["role"]] if roles else []), f"`{line['setting']}`", str(line["nfe"])]
         for name in ("pointing", "miou"):
             value = f"{line[name]:.3f}"
             low, high = line[f"{name}_ci95"]
             cells.append(f"{f'**{value}**' if line[name] == top[name] else value} [{low:.3f}, {high:.3f}]")
-        lines.append(f"| `{line['setting']}` | {line['nfe']} | {cells[0]} | {cells[1]} |")
-    return "\n".join(lines)
+        for name in ("pointing", "miou") if differs else ():
+            found = line.get("over_plain", {}).get(name)
+            cells.append("{:+.3f} [{:+.3f}, {:+.3f}]".format(found["value"], *found["ci95"]) if found else "")
+        lines.append(cells)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def document(found: dict, name: str) -> str:
+    """What `--document` writes: both tables, and what they were measured on.
+
+    Args:
+        found: the content of a file that `--json` wrote.
+        name: that file, as it is called in the text.
+    """
+    parts = []
+    for part, title in (("test", "Reported"), ("val", "Tried, in this order")):
+        rows = found[part]
+        if rows:
+            one = rows[0]
+            parts.append(
+                f"{title} on {one['images']} images of `{found['result']['data']}/{part}`, {one['n']} words with a "
+                f"region; a random point would score {one['chance']:.3f}, the middle of the image {one['centre']:.3f}."
+            )
+            parts.append(table(rows))
+    parts.append(f"From `{name}`; teacher `{found['result']['teacher']}`; 95% intervals over images.")
+    return "\n\n".join(parts)
+
+
+def write_document(path: Path, text: str) -> None:
+    """Puts a text between the marks of a file.
+
+    Raises:
+        UserError: the file has no such marks.
+    """
+    if not path.is_file() or not re.search(f"{BEGIN}.*{END}", (old := path.read_text(encoding="utf-8")), re.DOTALL):
+        raise UserError(f"--document {path}: there is no such file with the marks {BEGIN} and {END}")
+    head, _, rest = old.partition(BEGIN)
+    path.write_text(f"{head}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
 
 
 def split(cfg: Config, name: str, limit: int) -> list[Example]:
@@ -302,45 +364,61 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--only", choices=("val", "configured"), help="the sweep alone, or the configured settings alone"
     )
-    parser.add_argument("--json", type=Path, help="write all rows here")
-    parser.add_argument("--table", type=Path, help="write all rows here as tables of Markdown")
+    parser.add_argument("--json", type=Path, help="write all rows here, after each of them")
+    parser.add_argument("--document", type=Path, help="only write the tables of --json into this file of Markdown")
     args, overrides = parser.parse_known_args(argv)
+    if args.document:
+        if not args.json or not args.json.is_file():
+            raise UserError("--document takes the tables from --json: give the file of an earlier run")
+        write_document(args.document, document(json.loads(args.json.read_text()), args.json.as_posix()))
+        print(f"{args.document}: written from {args.json}")
+        return 0
     cfg = compose(overrides)
     torch.set_num_threads(cfg.teacher.threads)
     timesteps = [int(t) for t in args.timesteps.split(",")]
     rows: dict[str, list[dict]] = {"val": [], "test": []}
 
-    configured = {name: getattr(cfg.teacher, name) for name in (*PLAIN, "timesteps", "inversion_steps", "inner_steps")}
+    def result() -> dict:
+        last = (rows["test"] or rows["val"])[-1]
+        kept = {k: v for k, v in last.items() if k not in ("by", "options", "over_plain")}
+        return {"teacher": cfg.teacher.name, "data": cfg.data.name, **kept}
+
+    def keep(tried: list[dict]) -> None:
+        rows["val"] = tried
+        if args.json:
+            args.json.write_text(json.dumps({"result": result(), **rows}, indent=1) + "\n")
+
+    configured = {name: getattr(cfg.teacher, name) for name in SWEPT}
     plain = {**configured, **PLAIN, "timesteps": list(cfg.teacher.timesteps)[:1] or [100]}
     inversions = [read_inversion(text) for text in args.inversions]
-    sweep = Sweep(cfg.teacher, split(cfg, args.val, args.limit))
+    sweep = Sweep(cfg.teacher, split(cfg, args.val, args.limit), keep)
     print(f"{cfg.teacher.name} on {cfg.data.name}/{args.val}", flush=True)
     sweep.score(plain)
     sweep.score(configured)
-    chosen = {described(plain): "plain mean over all layers", described(configured): "as configured"}
+    chosen = {described(plain): "plain mean over all layers"}
+    roles = [(described(configured), "as configured")]
     if args.only != "configured":
         best = described(sweep.climb(plain, axes(layers_of(cfg.teacher), timesteps, args.most, inversions)))
-        for name, role in ((sweep.fast(), "fast"), (best, "best")):
-            chosen[name] = f"{chosen[name]}, {role}" if name in chosen else role
-    rows["val"] = list(sweep.tried.values())
+        roles += [(sweep.fast(), "fast"), (best, "best")]
+    for name, role in roles:
+        chosen[name] = f"{chosen[name]}, {role}" if name in chosen else role
     if args.only != "val":
         examples = split(cfg, args.test, args.test_limit)
         print(f"{cfg.teacher.name} on {cfg.data.name}/{args.test}", flush=True)
+        reference: list[Word] = []
         for name, role in chosen.items():
             began = time.monotonic()
             own = replace(cfg.teacher, **sweep.options[name])
             threshold = sweep.tried[name]["threshold"]
-            rows["test"].append(
-                {"role": role, **row(name, own, words(own, examples), threshold, time.monotonic() - began)}
-            )
-            show(rows["test"][-1])
-    last = (rows["test"] or rows["val"])[-1]
-    flat = {"teacher": cfg.teacher.name, "data": cfg.data.name, **{k: v for k, v in last.items() if k != "by"}}
-    print(f"RESULT {json.dumps(flat)}")
-    if args.json:
-        args.json.write_text(json.dumps({"result": flat, **rows}, indent=1) + "\n")
-    if args.table:
-        args.table.write_text("\n\n".join(table(part) for part in rows.values() if part) + "\n")
+            found = words(own, examples)
+            line = {"role": role, **row(name, own, found, threshold, time.monotonic() - began)}
+            if reference:
+                line["over_plain"] = over(found, threshold, reference, sweep.tried[described(plain)]["threshold"])
+            reference = reference or found
+            rows["test"].append(line)
+            show(line)
+            keep(rows["val"])
+    print(f"RESULT {json.dumps(result())}")
     return 0
 
 
