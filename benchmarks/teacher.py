@@ -2,9 +2,10 @@
 
     python -m benchmarks.teacher --shapes sd14 --batch 1 --repeat 3 --json out.json
 
-Random weights in the shapes of Stable Diffusion v1.4 (or a tiny model for a smoke run), one thread unless `--threads`
-says more. All arms of a ratio run in turns in one process, so that a slow moment hits them alike; memory is measured
-with each arm in a process of its own, as the peak above what the weights take. Arms, all ending at the same block:
+Random weights in the shapes of Stable Diffusion v1.4 (or a tiny model for a smoke run), on all cores unless
+`--threads` says less. All arms of a ratio run in turns in one process, so that a slow moment hits them alike, and each
+counts with its fastest turn, because other processes can only add; memory is measured with each arm in a process of its
+own, as the peak above what the weights take. Arms, all ending at the same block:
 
     bare     the conditional forward with fused attention and no capture
     capture  the same with word maps of all layers summed up inside the attention
@@ -13,7 +14,10 @@ with each arm in a process of its own, as the peak above what the weights take. 
     early    capture of the middle grids only, ending at their last block
     full     the whole UNet, no capture (for what the early exit saves)
 
-The last line is `RESULT {...}`.
+What `capture` and `store` add to a forward is less than two forwards of a busy machine differ from each other. So it is
+measured where it arises: the calls of all cross-attention layers of one forward are recorded and played again, without
+and with each way of keeping maps, and what comes after the forward is added. On a GPU the share of its peak is given
+for `--peak-tflops` (989 for an H100 in bfloat16). The last line is `RESULT {...}`.
 """
 
 import argparse
@@ -21,7 +25,6 @@ import gc
 import io
 import json
 import resource
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -34,6 +37,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from pipeline.engine import cores
 from pipeline.examples import Example, Turn
 from pipeline.teacher.capture import Capture, token_weights
 from pipeline.teacher.config import TeacherConfig
@@ -46,7 +50,9 @@ CAPTION = (
     "A man in a red jacket rides a brown horse along the beach, and two dogs run behind.",
 )
 ARMS = ("bare", "capture", "refine", "store", "early", "full")
-NULL_TEXT = {"steps": 50, "inner": 10}
+WHOLE = ("bare", "capture", "refine", "early", "full")  # timed as whole forwards
+MEASURED = ("bare", "capture", "refine", "store")  # whose memory is measured
+REPLAYS = 5
 
 
 def parts(shapes: str) -> dict:
@@ -177,10 +183,53 @@ class Bench:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
+    @torch.no_grad()
+    def record(self) -> None:
+        """Notes the calls of the cross-attention layers in a bare forward."""
+        self.calls: list[tuple[torch.nn.Module, torch.Tensor, torch.Tensor]] = []
+
+        def note(module, args, kwargs) -> None:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            self.calls.append((module, hidden, kwargs["encoder_hidden_states"]))
+
+        hooks = [
+            module.register_forward_pre_hook(note, with_kwargs=True)
+            for name, module in self.whole.named_modules()
+            if name.endswith(".attn2")
+        ]
+        self.run("bare")
+        for hook in hooks:
+            hook.remove()
+
+    @torch.no_grad()
+    def replay(self, arm: str) -> None:
+        """The recorded layers alone, and what makes maps of what they left: `bare`, `capture` or `store`."""
+        adapter, extra = self.adapters["capture"], {}
+        kept: list[torch.Tensor] = []
+        if arm == "store":
+            self.whole.set_attn_processor({name: StoreAll(kept) for name in self.whole.attn_processors})
+        else:
+            self.whole.set_attn_processor(dict(self.processors["capture"]))
+        if arm == "capture":
+            extra = {"capture": Capture(self.grids[arm], self.tokens_BTW)}
+        for module, hidden, context in self.calls:
+            module(hidden, encoder_hidden_states=context, **extra)
+        if arm == "store":
+            self._heat_maps(kept)
+        elif arm == "capture":
+            extra["capture"].word_maps()
+        assert arm != "store" or len(kept) == len(adapter.layers)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
     def _store(self, adapter: UNetAdapter) -> None:
         kept: list[torch.Tensor] = []
         self.whole.set_attn_processor({name: StoreAll(kept) for name in self.whole.attn_processors})
         adapter._run(adapter.unet, self.latents, 100, self.condition, self.condition.hidden_BTC, None)
+        self._heat_maps(kept)
+
+    def _heat_maps(self, kept: list[torch.Tensor]) -> None:
+        """A map of each word from all that was kept, token by token."""
         for row in range(self.batch):
             for word in range(self.tokens_BTW.shape[2]):
                 maps = []
@@ -193,16 +242,25 @@ class Bench:
 
 
 def in_turns(runs: dict[str, Callable[[], None]], repeat: int) -> dict[str, float]:
-    """Median seconds of each run; the runs take turns, after one turn to warm up."""
+    """Seconds of the fastest turn of each run; the runs take turns."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(repeat + 1):
+    for _ in range(repeat):
         for name, call in runs.items():
             gc.collect()
             began = time.perf_counter()
             call()
-            if turn:
-                seconds[name].append(time.perf_counter() - began)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+            seconds[name].append(time.perf_counter() - began)
+    return {name: min(values) for name, values in seconds.items()}
+
+
+@torch.no_grad()
+def tera_operations(bench: Bench) -> float:
+    """Floating-point operations of a bare forward, in units of 10^12."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        bench.run("bare")
+    return counter.get_total_flops() / 1e12
 
 
 def peak_above_weights(arm: str, args: argparse.Namespace) -> int:
@@ -224,7 +282,7 @@ def peak_above_weights(arm: str, args: argparse.Namespace) -> int:
 def memory(args: argparse.Namespace) -> dict[str, int]:
     """Bytes above the weights of each arm."""
     found = {}
-    for arm in ("bare", "capture", "refine", "store"):
+    for arm in MEASURED:
         command = [sys.executable, "-m", "benchmarks.teacher", "--memory-of", arm, "--shapes", args.shapes,
                    "--batch", str(args.batch), "--threads", str(args.threads), "--dtype", args.dtype,
                    "--device", args.device]  # fmt: skip
@@ -234,14 +292,13 @@ def memory(args: argparse.Namespace) -> dict[str, int]:
 
 
 @torch.no_grad()
-def stage(bench: Bench, images: int) -> dict[str, float]:
+def stage(bench: Bench, images: int, repeat: int) -> dict[str, float]:
     """Seconds of reading `images` pictures from files to stored maps, and of its bare parts one by one."""
     from pipeline.examples import decode
     from pipeline.mapstore.schema import example_maps
     from pipeline.mapstore.write import write_shard
 
     adapter = bench.adapters["capture"]
-    bench.whole.set_attn_processor(dict(bench.processors["capture"]))
     rng = np.random.default_rng(0)
     files = []
     for _ in range(images):
@@ -251,42 +308,45 @@ def stage(bench: Bench, images: int) -> dict[str, float]:
     words = [span for span in bench.text.spans if span[1] <= 70]
     text = type(bench.text)(bench.text.text[:70], 0, tuple(words), bench.text.words[: len(words)],
                             tuple((n,) for n in range(len(words))))  # fmt: skip
-    began = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
-        items = (Item(decode(data), number, number, text, str(number)) for number, data in enumerate(files))
-        found = list(bench.teacher.read(items))
-        rows = [example_maps(str(n), list(f.words), f.maps, f.found) for n, f in enumerate(found)]
-        write_shard(Path(folder) / "00000.zarr", rows)
-    whole = time.perf_counter() - began
-
-    began = time.perf_counter()
     pixels = [adapter.pixels(decode(data)) for data in files]
-    decoding = time.perf_counter() - began
     batches = [torch.stack(pixels[i : i + bench.batch]) for i in range(0, images, bench.batch)]
-    began = time.perf_counter()
-    for batch in batches:
-        adapter.latents(batch)
-    encoding = time.perf_counter() - began
-    began = time.perf_counter()
-    for _ in batches:
-        adapter.condition([text.text] * bench.batch)
-    reading = time.perf_counter() - began
-    began = time.perf_counter()
-    for _ in batches:
-        bench.run("bare")
-    forward = time.perf_counter() - began
-    return {"stage": whole, "decode": decoding, "vae": encoding, "text": reading, "unet": forward}
+
+    def whole() -> None:
+        bench.whole.set_attn_processor(dict(bench.processors["capture"]))
+        with tempfile.TemporaryDirectory() as folder:
+            items = (Item(decode(data), number, number, text, str(number)) for number, data in enumerate(files))
+            found = list(bench.teacher.read(items))
+            rows = [example_maps(str(n), list(f.words), f.maps, f.found) for n, f in enumerate(found)]
+            write_shard(Path(folder) / "00000.zarr", rows)
+
+    def every(call: Callable[[torch.Tensor], object]) -> None:
+        for batch in batches:
+            call(batch)
+        if bench.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    return in_turns(
+        {
+            "stage": whole,
+            "decode": lambda: [adapter.pixels(decode(data)) for data in files],
+            "vae": lambda: every(adapter.latents),
+            "text": lambda: every(lambda batch: adapter.condition([text.text] * bench.batch)),
+            "unet": lambda: every(lambda batch: bench.run("bare")),
+        },
+        repeat,
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", choices=("sd14", "tiny"), default="sd14")
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--images", type=int, default=2, help="images of the whole-stage measurement")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repeat", type=int, default=2, help="turns of every arm")
+    parser.add_argument("--images", type=int, default=1, help="images of the whole-stage measurement")
+    parser.add_argument("--threads", type=int, default=cores())
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--peak-tflops", type=float, default=0.0, help="of the GPU in this precision")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--memory-of", choices=ARMS, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -296,13 +356,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     memory_of = memory(args)
     bench = Bench(args)
-    seconds = in_turns({arm: lambda arm=arm: bench.run(arm) for arm in ARMS}, args.repeat)
+    seconds = in_turns({arm: lambda arm=arm: bench.run(arm) for arm in WHOLE}, args.repeat)
+    bench.record()
+    layers = in_turns({arm: lambda arm=arm: bench.replay(arm) for arm in ("bare", "capture", "store")}, REPLAYS)
     for arm in ARMS:
-        above = f"{memory_of[arm] / 1e6:.0f} MB above the weights" if arm in memory_of else ""
-        print(f"{arm:<8} {seconds[arm]:8.3f} s  {above}", flush=True)
-    whole = stage(bench, max(args.images, args.batch))
+        time_of = f"{seconds[arm]:8.3f} s" if arm in seconds else f"{'':10}"
+        alone = f"  {layers[arm]:7.3f} s its cross-attention alone" if arm in layers else ""
+        above = f"  {memory_of[arm] / 1e6:.0f} MB above the weights" if arm in memory_of else ""
+        print(f"{arm:<8} {time_of}{alone}{above}", flush=True)
+    images = max(args.images, args.batch)
+    whole = stage(bench, images, args.repeat)
+    print("  ".join(f"{name} {value:.3f} s" for name, value in whole.items()), flush=True)
     bare_parts = sum(value for name, value in whole.items() if name != "stage")
-    overhead = seconds["capture"] - seconds["bare"]
+    overheads = {arm: layers[arm] - layers["bare"] for arm in ("capture", "store")}
     result = {
         "shapes": args.shapes,
         "device": args.device,
@@ -313,15 +379,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         "capture_memory_ratio": memory_of["capture"] / memory_of["bare"],
         "refine_time_ratio": seconds["refine"] / seconds["bare"],
         "refine_memory_ratio": memory_of["refine"] / memory_of["bare"],
-        "store_all_overhead_ratio": (seconds["store"] - seconds["bare"]) / max(overhead, 1e-9),
+        "capture_overhead_share": overheads["capture"] / seconds["bare"],
+        "store_all_overhead_share": overheads["store"] / seconds["bare"],
+        "store_all_overhead_ratio": overheads["store"] / max(overheads["capture"], 1e-9),
         "store_all_memory_ratio": memory_of["store"] / memory_of["bare"],
         "early_exit_ratio": seconds["early"] / seconds["full"],
         "stage_vs_parts": bare_parts / whole["stage"],
-        "images_per_second": max(args.images, args.batch) / whole["stage"],
+        "images_per_second": images / whole["stage"],
         "nfe": 1,
-        "null_text_nfe": NULL_TEXT["steps"] * (3 + NULL_TEXT["inner"]),
-        "hours_for_130000": 130_000 * whole["stage"] / max(args.images, args.batch) / 3600,
+        "null_text_nfe": TeacherConfig(name="n", path="", inversion="null-text", timesteps=[]).forwards,
+        "hours_for_130000": 130_000 * whole["stage"] / images / 3600,
     }
+    if args.peak_tflops:
+        result["peak_share"] = tera_operations(bench) / seconds["bare"] / args.peak_tflops
     result = {name: round(value, 4) if isinstance(value, float) else value for name, value in result.items()}
     print(f"RESULT {json.dumps(result)}")
     if args.json:

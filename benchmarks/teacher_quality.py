@@ -27,6 +27,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from pipeline.align.words import is_content
 from pipeline.archive.read import Archive
 from pipeline.config import Config, compose
 from pipeline.errors import UserError
@@ -49,7 +50,7 @@ STRESS = 0.7  # share of the stressed grid where grids are weighed; the others s
 
 @dataclass(frozen=True)
 class Word:
-    """A word with a known region: its image, kind (colour, shape, ...) and role, and how its map did."""
+    """A word or phrase with a known region: its image, kind (colour, shape, ...) and role, and how its map did."""
 
     image: str
     kind: str
@@ -69,7 +70,8 @@ def labelled(archive: Archive, limit: int) -> Iterator[Example]:
 
 
 def words(cfg: TeacherConfig, examples: Sequence[Example]) -> list[Word]:
-    """Every word of the examples that has a region, with its map under these settings."""
+    """Every word or phrase of the examples that has a region, with its map under these settings. The map of a phrase is
+    the mean over its words, each scaled to [0, 1]; articles and the like are left out."""
     teacher = load_teacher(cfg, device_of(cfg))
     order = []
 
@@ -84,14 +86,25 @@ def words(cfg: TeacherConfig, examples: Sequence[Example]) -> list[Word]:
     out = []
     for number, found in enumerate(teacher.read(items())):
         example, size = order[number]
-        for word, map_YX in zip(found.words, found.maps, strict=True):
-            region = word_region(example.meta["regions"], word.turn, word.start, word.end, size)
+        regions = example.meta["regions"]
+        for turn, start, end in sorted({(region["turn"], region["start"], region["end"]) for region in regions}):
+            inside = [n for n, w in enumerate(found.words) if w.turn == turn and start <= w.start and w.end <= end]
+            said = example.turns[turn].text
+            inside = [n for n in inside if is_content(said[found.words[n].start : found.words[n].end])] or inside
+            region = word_region(regions, turn, start, end, size) if inside else None
             if region:
-                role = example.turns[word.turn].role
-                out.append(Word(example.key, region[1] or "word", role, measure(map_YX, region[0])))
+                map_YX = np.mean([scaled(found.maps[n]) for n in inside], axis=0)
+                kind = region[1] or "word"
+                out.append(Word(example.key, kind, example.turns[turn].role, measure(map_YX, region[0])))
     if not out:
         raise UserError("no word of these examples has a region: choose data with meta.regions")
     return out
+
+
+def scaled(map_YX: np.ndarray) -> np.ndarray:
+    """A map from 0 to 1, a constant one as zeros."""
+    low, high = float(map_YX.min()), float(map_YX.max())
+    return (map_YX - low) / (high - low) if high > low else np.zeros_like(map_YX)
 
 
 def row(name: str, cfg: TeacherConfig, found: list[Word], threshold: float, seconds: float) -> dict:

@@ -29,13 +29,13 @@ MERGES = [("c", "i"), ("r", "c"), ("ci", "rc"), ("l", "e</w>"), ("circ", "le</w>
           ("t", "h"), ("th", "e</w>"), ("Ã", "©</w>"), ("c", "a"), ("ca", "f")]  # fmt: skip
 
 
-def clip_tokenizer() -> CLIPTokenizer:
+def clip_tokenizer(**options) -> CLIPTokenizer:
     """CLIP's byte-level BPE with every byte and a few merges, so that words have one or many tokens."""
     alphabet = sorted(ByteLevel.alphabet())
     tokens = alphabet + [c + "</w>" for c in alphabet] + ["".join(pair) for pair in MERGES]
     tokens += ["<|startoftext|>", "<|endoftext|>"]
     vocab = {token: number for number, token in enumerate(tokens)}
-    return CLIPTokenizer(vocab=vocab, merges=MERGES, model_max_length=77)
+    return CLIPTokenizer(vocab=vocab, merges=MERGES, model_max_length=77, **options)
 
 
 def text_encoder(tokenizer: CLIPTokenizer, width: int = 32, layers: int = 2, act: str = "quick_gelu") -> CLIPTextModel:
@@ -54,9 +54,10 @@ def text_encoder(tokenizer: CLIPTokenizer, width: int = 32, layers: int = 2, act
 
 
 def sd_parts(version: int = 1, sample: int = 16, seed: int = 0) -> dict:
-    """Components of a Stable Diffusion of major version 1, or 2 (velocity, linear projections, heads of one width)."""
+    """Components of a Stable Diffusion of major version 1, or 2 (velocity, linear projections, heads of one width, the
+    text side of OpenCLIP, which pads with exclamation marks)."""
     torch.manual_seed(seed)
-    tokenizer = clip_tokenizer()
+    tokenizer = clip_tokenizer() if version == 1 else clip_tokenizer(pad_token="!")
     unet = UNet2DConditionModel(
         sample_size=sample,
         block_out_channels=(16, 32, 32),

@@ -10,7 +10,6 @@ import pytest
 from PIL import Image
 from quick_disk import quick_disk  # noqa: F401 (used by every test)
 
-from benchmarks import teacher_quality
 from pipeline.archive.read import Archive, read_table
 from pipeline.archive.stage import shard
 from pipeline.config import Config, compose
@@ -82,79 +81,6 @@ def test_flickr30k_of_another_form(tmp_path):
     (tmp_path / "x.json").write_text('{"pictures": []}')
     with pytest.raises(UserError, match="Karpathy"):
         items(kind="flickr30k", path=str(tmp_path / "x.json"))
-
-
-# --- Flickr30k Entities ---
-
-
-def entities(folder, count=2, size=(40, 20)):
-    """Images in which a red box lies where the annotation says, captions marked as published."""
-    for name in ("Sentences", "Annotations", "flickr30k-images"):
-        (folder / name).mkdir()
-    for n in range(count):
-        image = Image.new("RGB", size, (0, 0, 200))
-        image.paste((200, 0, 0), (10, 5, 30, 15))
-        image.save(folder / f"flickr30k-images/{n}.jpg")
-        (folder / f"Sentences/{n}.txt").write_text(
-            f"[/EN#7{n}/people A young man] in [/EN#8{n}/clothing/other his red coat] at [/EN#9{n}/scene the beach] .\n"
-            f"[/EN#0/notvisual Each] of [/EN#7{n}/people the men] waits .\n"
-        )
-        box = "<bndbox><xmin>11</xmin><ymin>6</ymin><xmax>30</xmax><ymax>15</ymax></bndbox>"
-        wide = "<bndbox><xmin>1</xmin><ymin>1</ymin><xmax>400</xmax><ymax>10</ymax></bndbox>"
-        (folder / f"Annotations/{n}.xml").write_text(
-            f"<annotation><size><width>{size[0]}</width><height>{size[1]}</height><depth>3</depth></size>"
-            f"<object><name>7{n}</name><name>8{n}</name>{box}</object><object><name>7{n}</name>{wide}</object>"
-            f"<object><name>9{n}</name><scene>1</scene><nobndbox>0</nobndbox></object></annotation>"
-        )
-    for split in ("val", "test"):
-        (folder / f"{split}.txt").write_text("".join(f"{n}\n" for n in range(count)))
-    return {"kind": "flickr30k_entities", "path": str(folder)}
-
-
-def test_flickr30k_entities(tmp_path):
-    settings = entities(tmp_path)
-    (tmp_path / "Annotations/1.xml").write_text("<annotation>")
-    found = items("val", **settings)
-    assert [item.id for item in found] == ["0.jpg#0", "1.jpg#0"]
-    caption = texts(found[0])[1]
-    assert caption == "A young man in his red coat at the beach ."
-    regions = found[0].record["meta"]["regions"]
-    said = [(caption[r["start"] : r["end"]], r["turn"], r["kind"], r["boxes"]) for r in regions]
-    box, wide = [0.25, 0.25, 0.75, 0.75], [0.0, 0.0, 1.0, 0.5]
-    assert said == [("young man", 1, "people", [box, wide]), ("red coat", 1, "clothing", [box])]
-    assert found[1].failure.status == "bad_record"
-    every = items("val", captions="all", **settings)
-    assert [item.id for item in every] == ["0.jpg#0", "0.jpg#1", "1.jpg#0", "1.jpg#1"]
-    assert [r["start"] for r in every[1].record["meta"]["regions"]] == [len("Each of the ")]
-    with pytest.raises(UserError, match="is not Flickr30k Entities"):
-        items("val", kind="flickr30k_entities", path=str(tmp_path / "Sentences"))
-
-
-def test_the_sweep_of_the_teacher_runs_on_flickr30k_entities(tmp_path, capsys):
-    """Sharded like any data, then measured and written down; the tables come from the JSON alone."""
-    entities(tmp_path)
-    given = ["data=flickr30k_entities", f"data.path={tmp_path}", f"shards_dir={tmp_path / 'shards'}"]
-    shard(compose(given))
-    results, page = tmp_path / "q.json", tmp_path / "page.md"
-    page.write_text("before\n<!-- sweep: begin -->old<!-- sweep: end -->\nafter\n")
-    given += ["teacher=tiny", "teacher.batch_size=4"]
-    teacher_quality.main(["--only", "configured", "--json", str(results), *given])
-    assert (
-        capsys.readouterr().out.splitlines()[-1].startswith('RESULT {"teacher": "tiny", "data": "flickr30k_entities"')
-    )
-    rows = json.loads(results.read_text())
-    plain, configured = rows["test"]
-    assert [plain["n"], configured["n"], plain["nfe"], configured["nfe"]] == [8, 8, 1, 1]
-    assert set(plain["by"]) == {"people", "clothing", "assistant"}
-    assert configured["over_plain"]["pointing"]["value"] == round(configured["pointing"] - plain["pointing"], 4)
-    teacher_quality.main(["--json", str(results), "--document", str(page)])
-    text = page.read_text()
-    assert text.startswith("before\n<!-- sweep: begin -->\n")
-    assert text.endswith("<!-- sweep: end -->\nafter\n")
-    assert "old" not in text
-    assert f"| plain mean over all layers | `{plain['setting']}` | 1 |" in text
-    with pytest.raises(UserError, match="no such file with the marks"):
-        teacher_quality.main(["--json", str(results), "--document", str(tmp_path / "none.md")])
 
 
 # --- tars: img2dataset and WebDataset ---
@@ -454,7 +380,7 @@ def test_only_failed_inputs_are_tried_again(tmp_path, flickr):
 
 
 BUNDLED = ("easy_vqa", "world")
-GIVEN = ("flickr30k", "flickr30k_entities", "hf", "laion", "llava_json", "ocrvqa", "rlaif_v", "webdataset")
+GIVEN = ("flickr30k", "hf", "laion", "llava_json", "ocrvqa", "rlaif_v", "webdataset")
 
 
 @pytest.mark.parametrize("name", [*BUNDLED, *GIVEN, "lavender130k"])

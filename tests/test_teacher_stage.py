@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -237,12 +238,27 @@ def test_overwrite_computes_anew(done, overrides, tmp_path):
     assert tree(folder) != done[2]
 
 
-def test_a_dry_run_writes_nothing(overrides, tmp_path, capsys):
+def test_a_dry_run_says_what_would_be_done_and_writes_nothing(overrides, tmp_path, capsys, weights, monkeypatch):
+    """With a model as the hub's client keeps it, found without a network."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    home = tmp_path / "hub/models--owner--tiny-sd"
+    shutil.copytree(weights, home / "snapshots" / commit)
+    (home / "refs").mkdir()
+    (home / "refs/main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     folder = tmp_path / "dry"
-    stage.precompute(compose(overrides(folder, "dry_run=true")))
+    more = ["teacher.path=owner/tiny-sd", "teacher.timesteps=[10,20]", "teacher.draws=2", "dry_run=true"]
+    stage.precompute(compose(overrides(folder, *more)))
     said = capsys.readouterr().out
-    assert "3 of 3 shards" in said
-    assert "1 forward per window" in said
+    for wanted in (
+        "3 of 3 shards",
+        "14 examples",
+        "owner/tiny-sd revision 0123456789ab, float32 on cpu",
+        "4 forwards per window of text",
+        r"at most \d+ MB",
+        r"about \d+ batches on \d workers?, [\d.]+ minutes",
+    ):
+        assert re.search(wanted, said), (wanted, said)
     assert not list((folder / "llava_json/maps").rglob("*.zarr"))
 
 

@@ -1,14 +1,16 @@
 """Texts, windows and the tokens of words."""
 
+import bisect
 import functools
 import gzip
+import itertools
 import sys
 import unicodedata
 from pathlib import Path
 
 import pytest
 import regex
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from teacher_models import clip_tokenizer
 from transformers import CLIPTokenizer
@@ -98,6 +100,47 @@ def test_a_word_gets_exactly_its_tokens(text, kind):
         wanted = unicodedata.normalize("NFC", text[start:end]).lower().encode()
         # Published merges join neighbouring ideographs, which are words of their own, and may end inside the next one.
         assert said == wanted or (wanted in said and kind == "published" and not wanted.isascii()), text[start:end]
+
+
+MIXED = st.lists(
+    st.one_of(
+        PIECES,
+        st.sampled_from(
+            ["'tis", "o'clock", "we'll", "10th", "x-ray", "Ångström", "Dvořák", "東京", "🙂", "👨‍👩‍👧", "the"]
+        ),
+        st.text(st.characters(categories=["L", "N", "P", "S", "M"]), min_size=1, max_size=8),
+    ),
+    max_size=20,
+)
+
+
+def graphemes(text: str) -> list[tuple[int, int, bytes]]:
+    """(start, end, what CLIP makes of it in UTF-8) of every user-perceived character that is not blank."""
+    found = [(m.start(), m.end(), unicodedata.normalize("NFC", m.group()).lower()) for m in regex.finditer(r"\X", text)]
+    return [(start, end, said.encode()) for start, end, said in found if said.strip()]
+
+
+@published
+@given(parts=MIXED, glue=st.sampled_from([" ", "", ", "]))
+@settings(max_examples=200, deadline=None)
+def test_words_of_any_text_get_all_their_tokens_and_no_other(parts, glue):
+    """Places are counted along the bytes that the tokens spell, without the tokenizer's own offsets."""
+    text = glue.join(parts)
+    encoded = tokenizer("published")(text, add_special_tokens=False, return_offsets_mapping=True)
+    said = [spelled([token], "published") for token in encoded.input_ids]
+    clusters = graphemes(text)
+    assume(b"".join(said) == b"".join(c[2] for c in clusters))  # composed across two characters: another text to CLIP
+    ends = list(itertools.accumulate(len(c[2]) for c in clusters))
+    owners = [set() for _ in said]  # numbers of the characters that a token spells a part of
+    here = 0
+    for token, spelling in enumerate(said):
+        first = bisect.bisect_right(ends, here)
+        here += len(spelling)
+        owners[token] = set(range(first, bisect.bisect_left(ends, here) + 1))
+    for start, end in words(text):
+        inside = {n for n, (low, high, _) in enumerate(clusters) if low < end and start < high}
+        wanted = [token for token, owned in enumerate(owners) if owned & inside]
+        assert overlapping((start, end), encoded.offset_mapping) == wanted, text[start:end]
 
 
 @published
