@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from pipeline import receipts
@@ -20,7 +21,8 @@ from pipeline.layout import Layout
 from pipeline.mapstore import MapStore
 from pipeline.mapstore.schema import ExampleMaps
 from pipeline.mapstore.write import write_shard
-from pipeline.train import checkpoint, metrics, status
+from pipeline.train import card, metrics, status
+from pipeline.train.export import ExportError
 from pipeline.train.stage import train
 from pipeline.train.targets import open_targets
 from pipeline.world.student import build_mllama
@@ -34,7 +36,7 @@ def settings(root: Path, *more: str) -> Config:
             f"shards_dir={root}/shards",
             f"runs_dir={root}/runs",
             f"model.path={root}/student",
-            "data.sizes={train: 12}",
+            "data.sizes={train: 12, val: 5, test: 5, ood_pairs: 5, ood_count: 5, ood_background: 5}",
             "data.shard_size=5",
             "engine.workers=1",
             "train.steps=6",
@@ -109,30 +111,6 @@ def test_a_run_changes_the_weights_and_says_up_to_date_afterwards(root, whole, c
     assert "up to date" in capsys.readouterr().out
 
 
-def test_stopped_and_resumed_equals_uninterrupted(root, whole, capsys):
-    cfg = settings(root, "arm=lavender", f"runs_dir={root}/resumed")
-    train(replace(cfg, train=replace(cfg.train, max_steps_per_call=3)))
-    assert not status.up_to_date(cfg)
-    train(cfg)
-    assert "going on from step 3" in capsys.readouterr().out
-    assert same(weights(cfg), weights(whole))
-    assert losses(cfg) == losses(whole)
-
-
-def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(root, whole, capsys):
-    cfg = settings(root, "arm=lavender", f"runs_dir={root}/damaged")
-    train(replace(cfg, train=replace(cfg.train, max_steps_per_call=4)))
-    newest = status.run_dir(cfg) / checkpoint.FOLDER / "00000004" / "trained.safetensors"
-    data = bytearray(newest.read_bytes())
-    data[len(data) // 2] ^= 1
-    newest.write_bytes(data)
-    train(cfg)
-    out = capsys.readouterr().out
-    assert "passed over a damaged checkpoint" in out
-    assert "going on from step 2" in out
-    assert same(weights(cfg), weights(whole))
-
-
 def test_micro_batches_do_not_change_the_run(root, whole):
     cfg = settings(root, "arm=lavender", f"runs_dir={root}/micro", "train.micro_batch=1")
     train(cfg)
@@ -156,18 +134,90 @@ def test_sft_needs_no_maps_and_its_losses_hold_no_alignment(root):
     assert all(align == 0 and loss == ce for _, loss, ce, align in losses(cfg))
 
 
-def test_lora_exports_an_adapter_that_holds_the_training(root):
-    from peft import PeftModel
+LORA = ("arm=sft", "train.method=lora", "train.freeze=[]", "train.lr=0.01")
 
-    from pipeline.student.load import load_student
 
-    cfg = settings(root, "arm=sft", f"runs_dir={root}/lora", "train.method=lora", "train.freeze=[]", "train.lr=0.01")
+@pytest.fixture(scope="module")
+def lora(root) -> Config:
+    cfg = settings(root, *LORA, f"runs_dir={root}/lora")
     train(cfg)
-    assert status.up_to_date(cfg)
-    adapted = PeftModel.from_pretrained(load_student(cfg.model).model, status.run_dir(cfg) / "adapter")
+    return cfg
+
+
+def test_lora_exports_an_adapter_that_holds_the_training(root, lora):
+    """Loaded as the card says: by transformers and PEFT alone, on the base that the adapter names."""
+    from peft import PeftModel
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    assert status.up_to_date(lora)
+    folder = status.run_dir(lora) / "adapter"
+    base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert base == str((root / "student").resolve())
+    adapted = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(base), folder)
     held = {name: p for name, p in adapted.named_parameters() if "lora_B" in name}
     assert any("vision_model" in name for name in held)
     assert all(p.abs().max() > 0 for name, p in held.items() if "language_model" in name)
+    assert AutoProcessor.from_pretrained(folder).tokenizer.is_fast
+
+
+def test_merged_export_is_a_whole_model_that_computes_the_same(root, lora):
+    from pipeline.student.load import load_student
+    from pipeline.train.stage import _reload
+
+    cfg = settings(root, *LORA, f"runs_dir={root}/merged", "train.export=merged")
+    train(cfg)
+    run = status.run_dir(cfg)
+    assert not (run / "adapter").exists()
+    merged = load_student(replace(cfg.model, path=str(run / "model")))
+    assert not [name for name, _ in merged.model.named_parameters() if "lora" in name]
+    batch = merged.family.encode(list(Archive(Layout(cfg).examples_dir("train")))[:2])
+    adapted = _reload(lora, status.run_dir(lora) / "adapter").eval()
+    with torch.no_grad():
+        made, expected = (m(**batch.inputs).logits for m in (merged.model.eval(), adapted))
+    torch.testing.assert_close(made, expected, rtol=1e-4, atol=1e-4)
+    assert (expected - load_student(cfg.model).model(**batch.inputs).logits).abs().max() > 1e-2, (
+        "training did something"
+    )
+    counts = receipts.load(run / status.RECEIPT).counts
+    assert counts["reloaded_difference"] <= counts["tolerance"] == 1e-4
+
+
+def test_changing_the_export_of_a_finished_run_trains_nothing_again(root, lora, capsys):
+    cfg = replace(lora, train=replace(lora.train, export="merged"), runs_dir=f"{root}/again")
+    shutil.copytree(lora.runs_dir, cfg.runs_dir)
+    with pytest.raises(receipts.Stale, match="export"):
+        train(cfg)
+    train(replace(cfg, overwrite=True))
+    assert "going on from step 6" in capsys.readouterr().out
+    assert (status.run_dir(cfg) / "model" / "config.json").is_file()
+
+
+def test_an_export_that_computes_something_else_is_no_success(root, monkeypatch):
+    from pipeline.student.load import load_student
+
+    cfg = settings(root, *LORA, f"runs_dir={root}/wrong")
+    monkeypatch.setattr("pipeline.train.stage._reload", lambda cfg, path: load_student(cfg.model).model)
+    with pytest.raises(ExportError, match="reloaded logits differ"):
+        train(cfg)
+    assert not (status.run_dir(cfg) / status.RECEIPT).exists()
+
+
+def test_the_model_card_tells_data_settings_versions_metrics_and_licence(root, whole):
+    base = root / "licensed"
+    shutil.copytree(root / "student", base)
+    (base / "README.md").write_text("---\nlicense: other\nlicense_name: some-community-licence\n---\n# Base\n")
+    cfg = replace(whole, model=replace(whole.model, path=str(base)))
+    archive = Archive(Layout(cfg).examples_dir("train"))
+    rows = metrics.read(status.run_dir(whole))
+    text = card.write(status.run_dir(whole) / "model", cfg, archive, 6, rows, 0.0).read_text()
+    head, body = text.split("---\n", 2)[1:]
+    assert yaml.safe_load(head)["license"] == "some-community-licence"
+    assert yaml.safe_load(head)["base_model"] == str(base)
+    stated = yaml.safe_load(body.split("```yaml\n")[1].split("```")[0])
+    assert (stated["train"]["lr"], stated["seed"], stated["steps"]) == (cfg.train.lr, cfg.seed, 6)
+    assert f"| 6 | {rows[-1]['loss']:.4f} |" in body
+    for expected in ("12 examples", "Intended use", f"- torch {torch.__version__}", "some-community-licence"):
+        assert expected in body
 
 
 def test_other_settings_are_refused_with_the_field_that_differs(root, whole):

@@ -20,6 +20,7 @@ class TrainConfig:
     Args:
         split: the split that is trained on.
         method: ``lora`` trains adapters, ``full`` every weight that ``freeze`` does not hold.
+        export: what ``lora`` leaves: an ``adapter`` for the base, or a whole model with it ``merged``.
         freeze: regular expressions over parameter names; a match at any place is not trained.
         steps: optimizer steps; 0 means ``epochs`` decide.
         batch_size: examples per optimizer step over all processes; ``micro_batch`` of them at a time in each.
@@ -40,6 +41,7 @@ class TrainConfig:
     split: str = "train"
     method: str = "lora"
     lora: LoraConfig = field(default_factory=LoraConfig)
+    export: str = "adapter"
     freeze: list[str] = field(default_factory=list)
     steps: int = 0
     epochs: float = 3.0
@@ -67,6 +69,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.method not in ("lora", "full"):
             raise ValueError(f"train.method={self.method}: choose lora or full")
+        if self.export not in ("adapter", "merged"):
+            raise ValueError(f"train.export={self.export}: choose adapter or merged")
         if self.schedule not in ("cosine", "linear", "constant"):
             raise ValueError(f"train.schedule={self.schedule}: choose cosine, linear or constant")
         if self.precision not in ("no", "bf16"):

@@ -33,10 +33,15 @@ class Finite:
 
     Args:
         skip: leave a bad step out and count it, instead of stopping.
+        skipped, in_a_row: of the run that is gone on with.
     """
 
-    def __init__(self, skip: bool):
-        self.skip, self.skipped, self.in_a_row = skip, 0, 0
+    def __init__(self, skip: bool, skipped: int = 0, in_a_row: int = 0):
+        self.skip, self.skipped, self.in_a_row = skip, skipped, in_a_row
+
+    def state(self) -> dict:
+        """What a resumed run needs to count on."""
+        return {"skipped": self.skipped, "in_a_row": self.in_a_row}
 
     def check(self, step: int, ce: float, aligned: float, bad_norms: float, batches: Sequence[StudentBatch]) -> bool:
         """True when all is finite; False when the step is to be skipped.

@@ -41,9 +41,14 @@ def train_loop(
     start: int,
     metrics: Metrics,
     progress: Progress,
-    save: Callable[[int], None],
+    save: Callable[[int, dict], None],
+    trackers: dict | None = None,
+    asked: Callable[[], bool] = lambda: False,
 ) -> int:
     """Trains from step ``start`` (steps done) to ``steps`` and returns the steps done.
+
+    ``save`` is given the steps done and the trackers, which a resumed run gets back. When ``asked`` says yes on any
+    process, all of them save at the end of that step and return.
 
     The loss of a global batch is (sum of cross-entropies) / (label tokens) + lambda * (sum of alignment errors) /
     (aligned words), both counted over all processes and micro-batches. Everything random depends on (seed, step,
@@ -53,8 +58,9 @@ def train_loop(
     ranks, device = accelerator.num_processes, accelerator.device
     stop = min(steps, start + cfg.max_steps_per_call) if cfg.max_steps_per_call else steps
     peaks = (cfg.lr, cfg.aligner_lr)  # not what the optimizer says: a loaded one remembers its last rate
-    clock, finite = Clock(device), Finite(skip=cfg.on_nonfinite == "skip")
-    running = Running()
+    clock, trackers = Clock(device), trackers or {}
+    finite = Finite(cfg.on_nonfinite == "skip", **trackers.get("finite", {}))
+    running = Running(**trackers.get("running", {}))
     with HangWatch(cfg.hang_timeout) as watch:
         for step, share in enumerate(clock.waiting(batches.stream(start, stop, cfg.workers)), start):
             torch.manual_seed((seed * 1_000_003 + step) * 1_009 + accelerator.process_index)
@@ -70,7 +76,7 @@ def train_loop(
             )
             tokens, words = (max(int(n), 1) for n in accelerator.reduce(counts, "sum"))
 
-            sums = torch.zeros(3, device=device)
+            sums = torch.zeros(4, device=device)
             for number, batch in enumerate(micro):
                 # Gradients travel between processes once a step, with the last micro-batch.
                 with accelerator.no_sync(tuned) if number + 1 < len(micro) else nullcontext():
@@ -84,9 +90,9 @@ def train_loop(
 
             # No step with a loss or a gradient that is not finite on any process.
             norm = accelerator.clip_grad_norm_(tuned.parameters(), cfg.grad_clip)
-            sums[2] = ~torch.isfinite(norm)
-            sums = accelerator.reduce(sums, "sum") / torch.tensor([tokens, words, 1], device=device)
-            ce, aligned, bad_norms = sums.tolist()
+            sums[2], sums[3] = ~torch.isfinite(norm), asked()
+            sums = accelerator.reduce(sums, "sum") / torch.tensor([tokens, words, 1, 1], device=device)
+            ce, aligned, bad_norms, ending = sums.tolist()
             if finite.check(step, ce, aligned, bad_norms, micro):
                 with clock.part("optimizer"):
                     optimizer.step()
@@ -102,8 +108,10 @@ def train_loop(
                 if accelerator.is_main_process and line:
                     metrics.add(line)
                 progress.advance(running.take(), note=note(line))
-            if done % cfg.checkpoint_every == 0 or done == stop:
-                save(done)
+            if done % cfg.checkpoint_every == 0 or done == stop or ending:
+                save(done, {"running": running.state(), "finite": finite.state()})
+            if ending:
+                return done
             watch.again()
     return stop
 

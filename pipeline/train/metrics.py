@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
+
+from pipeline import receipts
 
 FILE = "metrics.jsonl"
 
@@ -15,7 +18,8 @@ class Metrics:
     def __init__(self, run: Path, step: int):
         self.path = run / FILE
         kept = [line for line in read(run) if line["step"] <= step]
-        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        # By rename: a kill in the middle must not take the lines that no one writes again.
+        receipts.write_file(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())
 
     def add(self, line: dict) -> None:
         with self.path.open("a", encoding="utf-8") as out:
@@ -32,12 +36,21 @@ def read(run: Path) -> list[dict]:
 
 
 class Running:
-    """Means since the last logged step; the loss is the mean of the optimised numbers."""
+    """Means since the last logged step; the loss is the mean of the optimised numbers.
 
-    def __init__(self):
-        self.rows: list[tuple[float, float, int, int, int]] = []
-        self.left_out = 0
+    Args:
+        rows, left_out: of the run that is gone on with.
+    """
+
+    def __init__(self, rows: Sequence[Sequence[float]] = (), left_out: int = 0):
+        self.rows = [tuple(row) for row in rows]
+        self.left_out = left_out
+        self.before = len(self.rows) + left_out  # steps whose time is not known
         self.since = time.monotonic()
+
+    def state(self) -> dict:
+        """What a resumed run needs to log the same numbers."""
+        return {"rows": [list(row) for row in self.rows], "left_out": self.left_out}
 
     def add(self, ce: float, aligned: float, tokens: int, words: int, skipped: int) -> None:
         """One step: its losses, label tokens, aligned words, and examples that could not be encoded."""
@@ -68,7 +81,7 @@ class Running:
         if not self.rows:
             return None
         ce, aligned, tokens, words, skipped = (sum(column) / len(self.rows) for column in zip(*self.rows, strict=True))
-        steps = len(self.rows) + self.left_out
+        steps = self._made()
         seconds = (time.monotonic() - self.since) / steps
         return {
             "step": step,
@@ -87,10 +100,13 @@ class Running:
         }
 
     def take(self) -> int:
-        """Steps since the last call; begins anew."""
-        done = len(self.rows) + self.left_out
-        self.rows, self.left_out, self.since = [], 0, time.monotonic()
+        """Steps made since the last call; begins anew."""
+        done = self._made()
+        self.rows, self.left_out, self.before, self.since = [], 0, 0, time.monotonic()
         return done
+
+    def _made(self) -> int:
+        return len(self.rows) + self.left_out - self.before
 
 
 def note(line: dict | None) -> str:

@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 import re
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline import receipts
 from pipeline.errors import UserError
 from pipeline.layout import Layout
+from pipeline.student.weights import model_path
 from pipeline.train import status
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from torch import nn
 
     from pipeline.archive import Archive
@@ -60,11 +60,13 @@ def _train(cfg: Config, run: Path, archive: Archive, steps: int, label: str) -> 
     from pipeline.progress import Progress
     from pipeline.student.capture import AttentionTap
     from pipeline.student.load import load_student
-    from pipeline.train import checkpoint, guards
+    from pipeline.train import card, guards
+    from pipeline.train.checkpoint import Checkpoints
     from pipeline.train.data import Batches
     from pipeline.train.export import export
     from pipeline.train.loop import train_loop
-    from pipeline.train.metrics import FILE, Metrics
+    from pipeline.train.metrics import FILE, Metrics, read
+    from pipeline.train.preempt import Preemption
     from pipeline.train.targets import open_targets
     from pipeline.train.tuned import Tuned
 
@@ -92,13 +94,16 @@ def _train(cfg: Config, run: Path, archive: Archive, steps: int, label: str) -> 
         fused=True,
     )
     settings = status.settings(cfg) | {"inputs": status.inputs(cfg), "steps": steps}
-    found, start, damaged = checkpoint.newest(run, settings, overwrite=cfg.overwrite)
-    for reason in damaged:
-        print(f"{label}: passed over a damaged checkpoint: {reason}", flush=True)
-    if found:
-        checkpoint.load(found, weights, optimizer)
-        print(f"{label}: going on from step {start}", flush=True)
+    settings["train"].pop("export", None)  # decides nothing before the end
     wrapped, optimizer = accelerator.prepare(tuned, optimizer)
+    checkpoints = Checkpoints(run, settings, cfg.train.keep_checkpoints, tuned, optimizer)
+    position = checkpoints.restore(overwrite=cfg.overwrite)
+    start = position.step
+    if accelerator.is_main_process:
+        for reason in position.damaged:
+            print(f"{label}: passed over a damaged checkpoint: {reason}", flush=True)
+        if position.path:
+            print(f"{label}: going on from step {start}", flush=True)
 
     targets = open_targets(cfg.arm.targets, archive, _maps(cfg), cfg.seed) if cfg.arm.lam > 0 else None
     (run / "skipped.jsonl").unlink(missing_ok=True)
@@ -115,11 +120,8 @@ def _train(cfg: Config, run: Path, archive: Archive, steps: int, label: str) -> 
         max_failed=cfg.data.max_failed,
     )
 
-    def save(step: int) -> None:
-        if accelerator.is_main_process:
-            checkpoint.save(run, step, weights, optimizer.state_dict(), settings, cfg.train.keep_checkpoints)
-
-    with Progress(label, total=steps, unit="steps", done=start) as progress, guards.memory(cfg.train):
+    bar = Progress(label, total=steps, unit="steps", done=start)
+    with bar as progress, Preemption() as preemption, guards.memory(cfg.train):
         done = train_loop(
             accelerator,
             wrapped,
@@ -133,25 +135,41 @@ def _train(cfg: Config, run: Path, archive: Archive, steps: int, label: str) -> 
             start,
             Metrics(run, start),
             progress,
-            save,
+            checkpoints.save,
+            trackers=position.trackers,
+            asked=lambda: preemption.asked,
         )
+        checkpoints.close()
     if done < steps:
-        print(f"{label}: stopped at step {done} of {steps} as asked; run again to go on", flush=True)
-        return
-    if not accelerator.is_main_process:
+        if accelerator.is_main_process:
+            asked = done == start + cfg.train.max_steps_per_call  # else any process got the signal
+            why = "as asked" if asked else "the process was told to end (SIGTERM)"
+            print(f"{label}: stopped at step {done} of {steps}, {why}; run again to go on", flush=True)
         return
     tap.close()
-    sample = batches.at(0).batches[0]
-    files = export(
-        run, model, student.processor, tuned.align, cfg.train.method, sample, lambda path: _reload(cfg, path)
+    exported = export(
+        run,
+        tuned,
+        student.processor,
+        _base(cfg),
+        getattr(torch, cfg.model.dtype),
+        cfg.train.export == "merged",
+        batches.at(0).batches[0],
+        lambda path: _reload(cfg, path),
+        accelerator.is_main_process,
     )
+    if not accelerator.is_main_process:
+        return
+    files = exported.files
+    card.write(files[0], cfg, archive, steps, read(run), exported.difference)
     receipts.write(
         run / status.RECEIPT,
         stage="train",
         settings=status.settings(cfg),
         inputs=status.inputs(cfg),
         files=[*files, run / FILE],
-        counts={"examples": len(archive), "steps": steps, "skipped": len(batches.refused)},
+        counts={"examples": len(archive), "steps": steps, "skipped": len(batches.refused)}
+        | {"reloaded_difference": exported.difference, "tolerance": exported.tolerance},
         seconds=time.monotonic() - started,
     )
     print(f"{label}: {len(archive)} examples, {len(batches.refused)} skipped, {steps} steps -> {files[0]}", flush=True)
@@ -201,13 +219,19 @@ def _maps(cfg: Config):
     return MapStore(Layout(cfg).maps_split_dir(cfg.train.split))
 
 
+def _base(cfg: Config) -> str:
+    """Where an adapter finds its base: a hub id, or an absolute directory."""
+    path = Path(model_path(cfg.model.path)).expanduser()
+    return str(path.resolve()) if path.is_dir() else cfg.model.path
+
+
 def _reload(cfg: Config, path: Path) -> nn.Module:
-    """The exported student as a user would load it."""
+    """The exported student as a user would load it: a whole model, or the base with an adapter."""
     from dataclasses import replace
 
     from pipeline.student.load import load_student
 
-    if cfg.train.method == "full":
+    if not (path / "adapter_config.json").is_file():
         return load_student(replace(cfg.model, path=str(path.resolve()), weights="published", size="full")).model
     from peft import PeftModel
 

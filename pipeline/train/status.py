@@ -25,6 +25,8 @@ def uses_maps(cfg: Config) -> bool:
 def settings(cfg: Config) -> dict:
     """Every setting that changes the trained weights."""
     train = {key: value for key, value in asdict(cfg.train).items() if key not in RUNTIME}
+    if cfg.train.method == "full" or cfg.train.export == "adapter":
+        del train["export"]  # as in runs from before there was a choice
     # Where the parts are is not in it: what they hold is among the inputs.
     left_out = ("name", "local_files_only", "parts")
     model = {key: value for key, value in asdict(cfg.model).items() if key not in left_out}
