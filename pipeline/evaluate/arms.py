@@ -73,7 +73,7 @@ def find(cfg: Config) -> list[Run]:
         match = re.fullmatch(r"(.+)-(\d+)", path.parent.name)
         if match:
             found[match[1], int(match[2])] = path
-    arms = list(cfg.eval.arms) or sorted({arm for arm, _ in found}, key=_rank)
+    arms = list(cfg.eval.arms) or sorted({arm for arm, _ in found}, key=rank)
     runs = [base_run(cfg)]
     for arm in arms:
         seeds = list(cfg.eval.seeds) or sorted(seed for name, seed in found if name == arm)
@@ -91,7 +91,8 @@ def find(cfg: Config) -> list[Run]:
     return runs + [other_run(cfg, name) for name in cfg.eval.students]
 
 
-def _rank(arm: str) -> tuple[int, str]:
+def rank(arm: str) -> tuple[int, str]:
+    """Sorts arms: the usual two, the controls, then others by name."""
     order = ("sft", "lavender", "shuffled", "centre", "oracle")
     return (order.index(arm) if arm in order else len(order), arm)
 

@@ -50,13 +50,18 @@ def grid(rows_by_seed: Mapping[int | None, Sequence[dict]], value: str, keep=lam
     seeds = tuple(sorted(rows_by_seed, key=lambda seed: -1 if seed is None else seed))
     columns, names, clusters = [], None, ()
     for seed in seeds:
-        rows = sorted((row for row in rows_by_seed[seed] if keep(row)), key=lambda row: row["uid"])
+        rows = sorted((row for row in rows_by_seed[seed] if keep(row) and _scored(row)), key=lambda row: row["uid"])
         uids = tuple(row["uid"] for row in rows)
         if names is not None and uids != names:
             raise UserError(f"seeds {seeds[0]} and {seed} were asked different questions: evaluate both again")
         names, clusters = uids, tuple(row["cluster"] for row in rows)
         columns.append([_measured(row, value) for row in rows])
     return Grid(seeds, np.array(columns), names, clusters) if names else None
+
+
+def _scored(row: dict) -> bool:
+    """False for what only counts together with others, as in some benchmarks of a harness."""
+    return row.get("score", 0) is not None
 
 
 def _measured(row: dict, value: str) -> float:

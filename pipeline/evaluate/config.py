@@ -16,7 +16,8 @@ class Benchmark:
     Args:
         lmms, vlmevalkit: what each harness calls it; empty where it does not have it.
         metric: the number that is reported.
-        scale: what a share of 1 becomes in that number (100: per cent).
+        scale: what a share of 1 becomes in that number (100: per cent); 0 where it is no mean over answers.
+        lmms_metrics: the same number from lmms-eval's metrics, each times a weight, where it is no mean over answers.
         base, sft, lavender: the published numbers; none where they are not known.
     """
 
@@ -24,6 +25,7 @@ class Benchmark:
     vlmevalkit: str = ""
     metric: str = "accuracy"
     scale: float = 100.0
+    lmms_metrics: dict[str, float] = field(default_factory=dict)
     base: float | None = None
     sft: float | None = None
     lavender: float | None = None

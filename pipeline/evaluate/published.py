@@ -37,21 +37,26 @@ def beside(benchmarks: Mapping[str, Benchmark], suite: str, summary: Mapping, ha
     Args:
         suite: the harness that measured ours (`eval.suite`).
         summary: summary.json: arms -> task -> {"accuracy", "ci95", "n"}.
-        harness: task -> arm -> the harness's own total, for benchmarks whose number is not a mean over answers
-            (`scale: 0`); "harness" of details.json.
+        harness: task -> arm -> the harness's own total ("harness" of details.json), for benchmarks whose number is not
+            a mean over answers.
     """
     return [_line(name, one, suite, summary, harness) for name, one in benchmarks.items()]
 
 
 def _line(name: str, one: Benchmark, suite: str, summary: Mapping, harness: Mapping) -> Beside:
     task = {"lmms": one.lmms, "vlmevalkit": one.vlmevalkit}.get(suite, "")
-    ours = {arm: _ours(one, task, arm, found, harness) for arm, found in summary["arms"].items()}
+    ours = {arm: _ours(one, suite, task, arm, found, harness) for arm, found in summary["arms"].items()}
     published = {arm: getattr(one, arm) for arm in ARMS}
     return Beside(name, one.metric, task, published, ours, suite == MADE_WITH)
 
 
-def _ours(one: Benchmark, task: str, arm: str, found: Mapping, harness: Mapping) -> dict | None:
-    if one.scale and task in found:
+def _ours(one: Benchmark, suite: str, task: str, arm: str, found: Mapping, harness: Mapping) -> dict | None:
+    total = harness.get(task, {}).get(arm)
+    weights = one.lmms_metrics if suite == "lmms" else {}
+    if total and weights and weights.keys() <= total["metrics"].keys():
+        value = sum(weight * total["metrics"][name] for name, weight in weights.items())
+        return {"value": round(value, 2), "ci95": None, "n": total["n"]}
+    if one.scale and task in found and (total is None or total["mean"]):
         entry = found[task]
         lo, hi = entry["ci95"]
         return {
@@ -59,5 +64,4 @@ def _ours(one: Benchmark, task: str, arm: str, found: Mapping, harness: Mapping)
             "ci95": [round(one.scale * lo, 2), round(one.scale * hi, 2)],
             "n": entry["n"],
         }
-    total = harness.get(task, {}).get(arm)
     return None if total is None else {"value": total["value"], "ci95": None, "n": total["n"]}

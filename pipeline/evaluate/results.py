@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline import receipts
-from pipeline.evaluate import compare, status
+from pipeline.evaluate import compare, harness, status
 from pipeline.evaluate.answers import read_rows
 from pipeline.evaluate.compare import ArmResults
 from pipeline.evaluate.intervals import mean_interval
@@ -51,6 +51,9 @@ def details(cfg: Config, found: Sequence[Job]) -> dict:
     tasks = status.task_names(cfg)
     grounding = {job.name: _grounding(_words(cfg, job), cfg.eval.point_task) for job in found}
     first = next(iter(arms[0].answers.values()))
+    folders: dict[str, list[Path]] = {}
+    for job in found:
+        folders.setdefault(job.arm, []).append(status.folder(cfg, job))
     return {
         "model": cfg.model.name,
         "data": cfg.data.name,
@@ -64,7 +67,8 @@ def details(cfg: Config, found: Sequence[Job]) -> dict:
         "failures": compare.failures(arms),
         "grounding": {name: value for name, value in grounding.items() if value},
         "jobs": [{"name": job.name, "arm": job.arm, "seed": job.seed} for job in found],
-        "decoding": status.decoding(cfg),
+        "decoding": first[0]["settings"] if first else status.decoding(cfg),
+        "harness": harness.joined(folders) if cfg.eval.suite else {},
         "versions": receipts.versions(),
     }
 
@@ -114,7 +118,7 @@ def _seconds(cfg: Config, found: Sequence[Job]) -> dict[str, float]:
     taken: dict[str, float] = {}
     for job in found:
         _add(taken, "eval", status.folder(cfg, job) / status.RECEIPT)
-        if job.seed is not None:
+        if job.seed is not None and cfg.eval.suite != "vlmevalkit":  # whose arms may have been trained elsewhere
             _add(taken, "train", status.run_of(cfg, job).weights / "receipt.json")
     return {stage: round(seconds, 1) for stage, seconds in taken.items()}
 

@@ -110,10 +110,12 @@ def _work(cfg: Config, job: Job, device: str, advance: Callable[[int], object]) 
 
 
 def _device(cfg: Config, device: str) -> str:
+    name = device or cfg.eval.device
+    if name != "auto":
+        return name
     import torch
 
-    name = device or cfg.eval.device
-    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def chosen(cfg: Config) -> tuple[dict, dict[str, list[Question]], dict[str, list[Question]]]:
@@ -145,6 +147,8 @@ def _student(cfg: Config, job: Job, folder: Path, name: str, device: str, advanc
     from pipeline.evaluate.answers import answer, write_rows
     from pipeline.evaluate.attention import ask, student_looks
 
+    if cfg.eval.suite:
+        return _harness(cfg, job, folder, name, device, advance)
     archives, asked, pointed = chosen(cfg)
     student = arms.load(cfg, status.run_of(cfg, job), device)
     partial = folder / f"answers-{name[:12]}.part"
@@ -156,6 +160,14 @@ def _student(cfg: Config, job: Job, folder: Path, name: str, device: str, advanc
     looks = student_looks(student, ask(archives, pointed), ev.point_batch)
     files = [folder / "per_sample.jsonl", *looks.save(folder)]
     return files, {"questions": len(rows), "correct": sum(row["correct"] for row in rows), "words": len(looks.rows)}
+
+
+def _harness(cfg: Config, job: Job, folder: Path, name: str, device: str, advance) -> tuple[list[Path], dict]:
+    from pipeline.evaluate import lmms, vlmevalkit
+
+    if cfg.eval.suite == "vlmevalkit":
+        return vlmevalkit.convert(cfg, job, folder)
+    return lmms.evaluate(cfg, job, folder, folder / f"answers-{name[:12]}.part", device, advance)
 
 
 def _teacher(cfg: Config, job: Job, folder: Path, name: str, device: str, advance) -> tuple[list[Path], dict]:
@@ -171,8 +183,11 @@ def _run(cfg: Config, missing: Sequence[Job]) -> None:
     from pipeline.evaluate.workers import run
     from pipeline.progress import Progress
 
-    _, asked, _ = chosen(cfg)
-    each = sum(map(len, asked.values()))
+    if cfg.eval.suite == "vlmevalkit":  # nothing is asked, files are read
+        for job in missing:
+            _work(cfg, job, "cpu", SILENT)
+        return
+    each = 0 if cfg.eval.suite else sum(map(len, chosen(cfg)[1].values()))  # nobody knows before a harness has begun
     with Progress("eval", each * sum(1 for job in missing if job.arm), "questions") as progress:
         run(cfg, missing, progress.advance)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from pipeline import receipts
 from pipeline.errors import UserError
-from pipeline.evaluate import arms, scoring
+from pipeline.evaluate import arms, harness, scoring
 from pipeline.evaluate.questions import BLIND
 from pipeline.layout import Layout
 
@@ -45,6 +45,11 @@ def tasks(cfg: Config) -> dict[str, list[str]]:
     Raises:
         UserError: none of the splits is there.
     """
+    if cfg.eval.suite:  # a harness brings its own examples: one name is both task and split
+        named = harness.named(cfg.eval)
+        if not named:
+            raise UserError(f"eval.suite={cfg.eval.suite}: name the harness's tasks, as in TASKS=ai2d,mmmu_val")
+        return {task: [task] for task in named}
     found = {
         task: [split for split in splits if (examples_dir(cfg, split) / "manifest.json").is_file()]
         for task, splits in cfg.eval.tasks.items()
@@ -67,6 +72,8 @@ def task_names(cfg: Config) -> list[str]:
 
 def splits(cfg: Config) -> list[str]:
     """Every split that is read: those of the tasks and, where there is one, the split for choosing thresholds."""
+    if cfg.eval.suite:
+        return []
     named = [split for found in tasks(cfg).values() for split in found]
     val = cfg.eval.val_split
     if val and cfg.eval.point_task and (examples_dir(cfg, val) / "manifest.json").is_file():
@@ -77,6 +84,11 @@ def splits(cfg: Config) -> list[str]:
 def decoding(cfg: Config) -> dict:
     """The settings that every answer records; arms that differ in one of them cannot be compared."""
     own = {"task_scorers": {task: scoring.VERSIONS[name] for task, name in cfg.eval.scorers.items()}}
+    if cfg.eval.suite:
+        asked = {"prompt": f"{cfg.eval.suite}'s own", "batch": cfg.eval.batch, "limit": cfg.eval.limit}
+        if cfg.eval.suite == "vlmevalkit":  # what VLMEvalKit decoded with stands beside its outputs
+            asked = {"prompt": "vlmevalkit's own"}
+        return {**asked, "dtype": cfg.model.dtype, "model": cfg.model.name, **(own if cfg.eval.scorers else {})}
     return {
         "decoding": "greedy",
         "max_new_tokens": cfg.eval.max_new_tokens,
@@ -103,6 +115,8 @@ def settings(cfg: Config, job: Job) -> dict:
         "val_split": ev.val_split,
         **({"point_unit": ev.point_unit} if ev.point_unit != "word" else {}),
     }
+    if ev.suite:
+        shared = {"suite": ev.suite, "tasks": tasks(cfg), "limit": ev.limit}
     if not job.arm:
         from dataclasses import asdict
 
@@ -125,6 +139,12 @@ def inputs(cfg: Config, job: Job) -> dict[str, str]:
         UserError: something is missing or damaged.
     """
     found = {split: receipts.load(examples_dir(cfg, split) / "manifest.json").digest for split in splits(cfg)}
+    if cfg.eval.suite == "vlmevalkit":
+        from pipeline.evaluate import vlmevalkit
+
+        return vlmevalkit.inputs(cfg, job)
+    if cfg.eval.suite and cfg.eval.harness_path:
+        found["harness_path"] = harness.digest(Path(cfg.eval.harness_path).expanduser())
     if not job.arm:
         from pipeline.teacher.weights import digest, locate
 
@@ -146,8 +166,12 @@ def folder(cfg: Config, job: Job) -> Path:
 
 def jobs(cfg: Config) -> list[Job]:
     """What the settings ask for: the base, every arm-seed, and the teacher if maps of it were made for this data."""
+    if cfg.eval.suite == "vlmevalkit":
+        from pipeline.evaluate import vlmevalkit
+
+        return vlmevalkit.find(cfg)
     found = [Job(run.arm, run.seed) for run in arms.find(cfg)]
-    teacher = cfg.eval.point_task and Layout(cfg).maps_dir.is_dir()
+    teacher = cfg.eval.point_task and not cfg.eval.suite and Layout(cfg).maps_dir.is_dir()
     return [*found, Job("", None)] if teacher else found
 
 
