@@ -12,10 +12,14 @@ from pipeline.layout import Layout
 SIZES = {"train": 4, "val": 6, "test": 10, "ood_pairs": 3, "ood_count": 3, "ood_background": 3}
 
 
-def settings(root: Path, *more: str) -> Config:
+def overrides(root: Path, *more: str) -> list[str]:
     sizes = [f"data.sizes.{split}={size}" for split, size in SIZES.items()]
     own = [f"shards_dir={root}/shards", f"runs_dir={root}/runs", f"model.path={root}/student", "eval.workers=1"]
-    return compose([*own, *sizes, "eval.max_new_tokens=6", "eval.batch=8", "engine.workers=1", *more])
+    return [*own, *sizes, "eval.max_new_tokens=6", "eval.batch=8", "engine.workers=1", *more]
+
+
+def settings(root: Path, *more: str) -> Config:
+    return compose(overrides(root, *more))
 
 
 def build(root: Path) -> Config:

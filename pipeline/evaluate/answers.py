@@ -10,11 +10,14 @@ from typing import TYPE_CHECKING
 
 from pipeline.evaluate.questions import BLIND, Question, batches
 from pipeline.evaluate.scoring import Score, Scorer
+from pipeline.evaluate.shares import Share
 
 if TYPE_CHECKING:
     from pipeline.archive import Archive
     from pipeline.examples import Example
     from pipeline.student.load import Student
+
+ALL = Share()
 
 
 def answer(
@@ -27,6 +30,8 @@ def answer(
     max_new_tokens: int,
     advance: Callable[[int], object] = lambda count: None,
     scorers: Mapping[str, str] | None = None,
+    share: Share = ALL,
+    earlier: Sequence[Path] = (),
 ) -> list[dict]:
     """Asks every question of every task and returns one row for each, in the tasks' order.
 
@@ -38,19 +43,23 @@ def answer(
         partial: file of finished rows; the caller names it after everything that decides them.
         advance: called with the number of questions finished.
         scorers: task -> the rule for all of its questions; a task without one has each scored by its kind.
+        share: the batches to ask; rows of other batches are returned where they are there already.
+        earlier: files of rows that other shares, or an earlier run, finished.
     """
     rules = {
         name: Scorer((scorers or {}).get(name.removesuffix(BLIND), ""), (q.answers for q in found))
         for name, found in tasks.items()
     }
-    done = {row["uid"]: row for row in read_rows(partial)}
+    done = {row["uid"]: row for path in (*earlier, partial) for row in read_rows(path)}
     task_of = {q.uid: name for name, found in tasks.items() for q in found}
     everything = [q for found in tasks.values() for q in found]
     partial.parent.mkdir(parents=True, exist_ok=True)
     with partial.open("a", encoding="utf-8") as out:
-        if done and not partial.read_bytes().endswith(b"\n"):
+        if out.tell() and not partial.read_bytes().endswith(b"\n"):
             out.write("\n")  # a line that a kill cut short must not swallow the next one
-        for part in batches(everything, batch):
+        for number, part in enumerate(batches(everything, batch)):
+            if not share.mine(number):
+                continue
             if not all(q.uid in done for q in part):
                 outputs = generate(student, archives, part, max_new_tokens)
                 for question, (raw, ended, problem) in zip(part, outputs, strict=True):
@@ -63,7 +72,7 @@ def answer(
                     out.write(json.dumps(row, ensure_ascii=False) + "\n")
                 out.flush()
             advance(len(part))
-    return [done[q.uid] for q in everything]
+    return [done[q.uid] for q in everything if q.uid in done]
 
 
 def _row(task: str, question: Question, raw: str, found: Score, settings: Mapping) -> dict:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,18 +17,24 @@ from pipeline.evaluate.questions import Question, alone
 if TYPE_CHECKING:
     from pipeline.archive import Archive
     from pipeline.config import Config
+    from pipeline.evaluate.shares import Share
     from pipeline.examples import Example, Word
     from pipeline.student.load import Student
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A question with its example alone (see `questions.alone`) and the regions of its answer's words."""
+    """A question with its example alone (see `questions.alone`) and the regions of its answer's words.
+
+    Attributes:
+        phrases: the same for whole phrases, where those are measured instead of words.
+    """
 
     task: str
     question: Question
     example: Example
     regions: dict[Word, tuple[np.ndarray, str]]
+    phrases: dict[Word, tuple[np.ndarray, str]] = field(default_factory=dict)
 
 
 @dataclass
@@ -45,19 +53,35 @@ class Looks:
         return [folder / "pointing.jsonl", folder / "maps.npz"]
 
 
-def ask(archives: Mapping[str, Archive], tasks: Mapping[str, Sequence[Question]]) -> list[Asked]:
-    """The questions whose gold answer has words with a region, in order of length."""
+def ask(archives: Mapping[str, Archive], tasks: Mapping[str, Sequence[Question]], unit: str = "word") -> list[Asked]:
+    """The questions whose gold answer has words with a region, in order of length.
+
+    Args:
+        unit: measure every `word`, or the mean map of the words of a `phrase`, which is what has a region of its own.
+    """
     found = []
     for task, chosen in tasks.items():
         for question in chosen:
             example = alone(archives[question.split][question.index], question.turn)
             regions = _regions(example)
             if regions:
-                found.append(Asked(task, question, example, regions))
+                phrases = _phrases(example) if unit == "phrase" else {}
+                found.append(Asked(task, question, example, regions, phrases))
     return sorted(found, key=lambda a: (a.task, len(a.question.prompt) + len(a.question.gold), a.question.uid))
 
 
 def _regions(example: Example) -> dict:
+    return _of_spans(example, example.words(("assistant",)))
+
+
+def _phrases(example: Example) -> dict:
+    from pipeline.examples import Word
+
+    spans = {(one["turn"], one["start"], one["end"]) for one in example.meta["regions"]}
+    return _of_spans(example, [Word(*span) for span in sorted(spans) if example.turns[span[0]].role == "assistant"])
+
+
+def _of_spans(example: Example, spans: Sequence[Word]) -> dict:
     from pipeline.examples import ImageError, decode
 
     if example.image is None or not example.meta.get("regions"):
@@ -66,13 +90,12 @@ def _regions(example: Example) -> dict:
         image = decode(example.image)
     except ImageError:
         return {}
-    words = example.words(("assistant",))
-    found = {w: word_region(example.meta["regions"], w.turn, w.start, w.end, image.size[::-1]) for w in words}
+    found = {w: word_region(example.meta["regions"], w.turn, w.start, w.end, image.size[::-1]) for w in spans}
     return {word: region for word, region in found.items() if region is not None}
 
 
 def _row(asked: Asked, word: Word, map_HW: np.ndarray) -> dict:
-    region_HW, kind = asked.regions[word]
+    region_HW, kind = (asked.phrases or asked.regions)[word]
     found = measure(map_HW, region_HW)
     return {
         "uid": f"{asked.question.uid}:{word.start}",
@@ -103,10 +126,27 @@ def as_bytes(map_HW: np.ndarray) -> np.ndarray:
 
 def _collect(found: Iterator[tuple[Asked, Word, np.ndarray]]) -> Looks:
     rows, maps = [], []
-    for asked, word, map_HW in found:
+    for asked, word, map_HW in _units(found):
         rows.append(_row(asked, word, map_HW))
         maps.append(as_bytes(map_HW))
     return Looks(rows, np.stack(maps) if maps else np.zeros((0, 32, 32), np.uint8))
+
+
+def _units(found: Iterator[tuple[Asked, Word, np.ndarray]]) -> Iterator[tuple[Asked, Word, np.ndarray]]:
+    """The words' maps as they are, or the mean over the words of each phrase; an example's words come together."""
+    for _, group in groupby(found, key=lambda one: one[0].question.uid):
+        words = list(group)
+        asked = words[0][0]
+        if not asked.phrases:
+            yield from words
+        for phrase in asked.phrases:
+            inside = [
+                map_HW
+                for _, word, map_HW in words
+                if word.turn == phrase.turn and phrase.start <= word.start and word.end <= phrase.end
+            ]
+            if inside:
+                yield asked, phrase, np.mean(np.stack(inside).astype(np.float32), axis=0)
 
 
 def student_looks(
@@ -117,6 +157,17 @@ def student_looks(
     Mean over heads and over all layers that look at the image; the Aligner has no part in it.
     """
     return _collect(_student_maps(student, asked, batch, advance))
+
+
+def shared_looks(student: Student, asked: Sequence[Asked], batch: int, share: Share) -> tuple[Looks, list[int]]:
+    """``student_looks`` of a share of the batches, and the number of the batch of each word."""
+    rows, maps, numbers = [], [np.zeros((0, 32, 32), np.uint8)], []
+    for number in filter(share.mine, range(math.ceil(len(asked) / batch))):
+        part = student_looks(student, asked[number * batch : (number + 1) * batch], batch)
+        rows += part.rows
+        maps.append(part.maps)
+        numbers += [number] * len(part.rows)
+    return Looks(rows, np.concatenate(maps)), numbers
 
 
 def _student_maps(student, asked, batch, advance) -> Iterator[tuple[Asked, Word, np.ndarray]]:

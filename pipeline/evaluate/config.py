@@ -57,7 +57,8 @@ class EvalConfig:
         val_split: * the split on which thresholds are chosen.
         teacher_limit: * images for the teacher's own pointing and mIoU; 0 takes all that have maps.
         reference: the arm that others are compared with.
-        workers: arms evaluated at the same time, each on a device or thread share of its own; 0 chooses.
+        workers: processes at the same time, each on a device or thread share of its own; 0 chooses. With more of them
+            than arms, an arm's questions are shared out.
         device: cpu, cuda or auto.
         summary: also write summary.json here.
         suite: who asks: empty for the tasks above, `lmms` for lmms-eval, `vlmevalkit` to read what VLMEvalKit wrote.

@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING
 from pipeline import receipts
 from pipeline.errors import UserError
 from pipeline.evaluate import status
+from pipeline.evaluate.shares import Ranks, Share
 from pipeline.evaluate.status import Job
 from pipeline.layout import Layout
 
 if TYPE_CHECKING:
     from pipeline.config import Config
+    from pipeline.evaluate.attention import Looks
     from pipeline.evaluate.questions import Question
 
 SILENT = lambda count: None  # noqa: E731 (a default for callbacks)
@@ -46,6 +48,11 @@ def evaluate(cfg: Config) -> StageResult:
     print(f"eval: {len(found) - len(missing)} of {len(found)} evaluated, {_names(missing) or 'none'} to do", flush=True)
     if cfg.dry_run:
         return StageResult({}, 0)
+    ranks = Ranks.found()
+    if ranks.size > 1 and missing:
+        missing = ranks.together(lambda group: _over_ranks(cfg, missing, group))
+        if ranks.rank:
+            return StageResult({}, 0)
     began = time.monotonic()
     with receipts.hold(layout.eval_dir):
         if missing:
@@ -143,23 +150,83 @@ def chosen(cfg: Config) -> tuple[dict, dict[str, list[Question]], dict[str, list
 
 
 def _student(cfg: Config, job: Job, folder: Path, name: str, device: str, advance) -> tuple[list[Path], dict]:
-    from pipeline.evaluate import arms
-    from pipeline.evaluate.answers import answer, write_rows
-    from pipeline.evaluate.attention import ask, student_looks
+    from pipeline.evaluate.answers import write_rows
 
     if cfg.eval.suite:
         return _harness(cfg, job, folder, name, device, advance)
-    archives, asked, pointed = chosen(cfg)
-    student = arms.load(cfg, status.run_of(cfg, job), device)
-    partial = folder / f"answers-{name[:12]}.part"
-    ev = cfg.eval
-    rows = answer(
-        student, archives, asked, status.decoding(cfg), partial, ev.batch, ev.max_new_tokens, advance, ev.scorers
-    )
+    finished = _share(cfg, job, folder, name, device, advance, Share())
+    rows, looks = finished
     write_rows(folder / "per_sample.jsonl", rows)
-    looks = student_looks(student, ask(archives, pointed), ev.point_batch)
     files = [folder / "per_sample.jsonl", *looks.save(folder)]
     return files, {"questions": len(rows), "correct": sum(row["correct"] for row in rows), "words": len(looks.rows)}
+
+
+def evaluate_share(
+    cfg: Config, arm: str, seed: int | None, share: Share, device: str = "", advance: Callable[[int], object] = SILENT
+) -> None:
+    """Does a share of an arm's batches, for `evaluate_arm` to put together with the others."""
+    job = Job(arm, seed)
+    folder = status.folder(cfg, job)
+    folder.mkdir(parents=True, exist_ok=True)
+    name = receipts.fingerprint({**status.settings(cfg, job), **status.inputs(cfg, job)})
+    _share(cfg, job, folder, name, _device(cfg, device), advance, share)
+
+
+def _share(
+    cfg: Config, job: Job, folder: Path, name: str, device: str, advance, share: Share
+) -> tuple[list[dict], Looks]:
+    """Rows and looks of a share; of everything where there is one share, which reads what several have finished."""
+    from pipeline.evaluate import arms, shares
+    from pipeline.evaluate.answers import answer
+    from pipeline.evaluate.attention import ask, shared_looks
+
+    archives, asked, pointed = chosen(cfg)
+    ev, files = cfg.eval, shares.kept(folder, "answers", name)
+    there = shares.finished_looks(folder, name) if share.of == 1 else None
+    student = _Late(lambda: arms.load(cfg, status.run_of(cfg, job), device))
+    rows = answer(
+        student,
+        archives,
+        asked,
+        status.decoding(cfg),
+        share.file(folder, "answers", name),
+        ev.batch,
+        ev.max_new_tokens,
+        advance,
+        ev.scorers,
+        share,
+        files,
+    )
+    if there is None:
+        there, numbers = shared_looks(student.get(), ask(archives, pointed, cfg.eval.point_unit), ev.point_batch, share)
+        if share.of > 1:
+            shares.save_looks(share.file(folder, "looks", name), there, numbers)
+    return rows, there
+
+
+class _Late:
+    """A student that is loaded when something of it is first read: where everything is answered, never."""
+
+    def __init__(self, load: Callable):
+        self._load, self._loaded = load, None
+
+    def get(self):
+        if self._loaded is None:
+            self._loaded = self._load()
+        return self._loaded
+
+    def __getattr__(self, name: str):
+        return getattr(self.get(), name)
+
+
+def _over_ranks(cfg: Config, missing: Sequence[Job], ranks: Ranks) -> list[Job]:
+    """Under torchrun: every process does a share of each arm. The first puts them together afterwards."""
+    missing = ranks.told(list(missing))
+    for job in missing:
+        if job.arm and not cfg.eval.suite:
+            evaluate_share(cfg, job.arm, job.seed, ranks.share, ranks.device(cfg.eval.device))
+    ranks.wait()
+    return missing
 
 
 def _harness(cfg: Config, job: Job, folder: Path, name: str, device: str, advance) -> tuple[list[Path], dict]:
@@ -174,7 +241,7 @@ def _teacher(cfg: Config, job: Job, folder: Path, name: str, device: str, advanc
     from pipeline.evaluate.attention import ask, teacher_looks
 
     archives, _, pointed = chosen(cfg)
-    looks = teacher_looks(cfg, ask(archives, pointed), device, advance)
+    looks = teacher_looks(cfg, ask(archives, pointed, cfg.eval.point_unit), device, advance)
     return looks.save(folder), {"words": len(looks.rows)}
 
 

@@ -12,6 +12,7 @@ from concurrent.futures import ProcessPoolExecutor, wait
 from typing import TYPE_CHECKING
 
 from pipeline.engine import cores
+from pipeline.evaluate.shares import Share
 from pipeline.evaluate.status import Job
 
 if TYPE_CHECKING:
@@ -24,14 +25,34 @@ _state: dict = {}  # of a worker process: its device and the shared counter
 def run(cfg: Config, jobs: Sequence[Job], advance: Callable[[int], object]) -> None:
     """Does every job; the first error of one stops the rest and is raised here.
 
-    On GPUs there is a process for each; on the CPU `eval.workers`, by default one per core, with the cores' threads
-    divided among them: small models gain nothing from a second thread.
+    On GPUs there is a process for each, several for an arm where there are more GPUs than arms; on the CPU
+    `eval.workers`, by default one per core, with the cores' threads divided among them: small models gain nothing from
+    a second thread.
     """
     devices = _devices(cfg)
-    count = min(len(jobs), cfg.eval.workers or len(devices))
+    wanted = cfg.eval.workers or (len(devices) if devices[0].startswith("cuda") else min(len(jobs), len(devices)))
+    parts = 1 if cfg.eval.suite else wanted // len(jobs)
+    if parts > 1:  # more devices than arms: each arm's questions are shared out, then put together
+        shares = [(job, Share(part, parts)) for job in jobs if job.arm for part in range(parts)]
+        _side_by_side(cfg, shares, devices, min(wanted, len(shares)), advance)
+        advance = _silent
+    _side_by_side(cfg, [(job, Share()) for job in jobs], devices, min(wanted, len(jobs)), advance)
+
+
+def _silent(count: int) -> None:
+    """What was asked before is not counted again."""
+
+
+def _side_by_side(
+    cfg: Config,
+    work: Sequence[tuple[Job, Share]],
+    devices: Sequence[str],
+    count: int,
+    advance: Callable[[int], object],
+) -> None:
     if count == 1:
-        for job in jobs:
-            _call(cfg, job, devices[0], advance)
+        for job, share in work:
+            _call(cfg, job, share, devices[0], advance)
         return
     context = multiprocessing.get_context("spawn")  # a forked child cannot use a GPU, nor trust held locks
     counter, queue = context.Value("q", 0), context.Queue()
@@ -42,7 +63,7 @@ def run(cfg: Config, jobs: Sequence[Job], advance: Callable[[int], object]) -> N
     seen, waiting = 0, set()
     try:
         with _terminable():
-            waiting = {pool.submit(_do, cfg, job) for job in jobs}
+            waiting = {pool.submit(_do, cfg, job, share) for job, share in work}
             while waiting:
                 done, waiting = wait(waiting, POLL_SECONDS, return_when="FIRST_EXCEPTION")
                 advance(counter.value - seen)
@@ -68,10 +89,12 @@ def _devices(cfg: Config) -> list[str]:
     return [cfg.eval.device if cfg.eval.device != "auto" else "cpu"] * cores()
 
 
-def _call(cfg: Config, job: Job, device: str, advance: Callable[[int], object]) -> None:
+def _call(cfg: Config, job: Job, share: Share, device: str, advance: Callable[[int], object]) -> None:
     from pipeline.evaluate import stage
 
-    if job.arm:
+    if share.of > 1:
+        stage.evaluate_share(cfg, job.arm, job.seed, share, device, advance)
+    elif job.arm:
         stage.evaluate_arm(cfg, job.arm, job.seed, device, advance)
     else:
         stage.evaluate_teacher(cfg, device)
@@ -94,14 +117,14 @@ def _start(queue, counter, threads: int, parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _do(cfg: Config, job: Job) -> None:
+def _do(cfg: Config, job: Job, share: Share) -> None:
     counter = _state["counter"]
 
     def advance(count: int) -> None:
         with counter.get_lock():
             counter.value += count
 
-    _call(cfg, job, _state["device"], advance)
+    _call(cfg, job, share, _state["device"], advance)
 
 
 class _terminable:

@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from pipeline.sources.config import DataConfig
 
 KINDS = (
-    "easy_vqa", "flickr30k", "hf", "laion", "llava_json", "mixture", "ocrvqa", "pope", "rlaif_v", "webdataset", "world",
-    "worldmedqa",
+    "easy_vqa", "flickr30k", "flickr30k_entities", "hf", "laion", "llava_json", "mixture", "ocrvqa", "pope", "rlaif_v",
+    "webdataset", "world", "worldmedqa",
 )  # fmt: skip
 
 
