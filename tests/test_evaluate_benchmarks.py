@@ -95,6 +95,35 @@ def test_worldmedqa_is_asked_sighted_and_blind(sharded):
     assert [q.uid for q in asked["local blind"]] == [f"{q.uid}#blind" for q in asked["local"]]
 
 
+def test_any_held_out_conversations(root):
+    """A split of a LLaVA-style file that training does not see is a task; yes/no answers are told from others."""
+    from pipeline.archive.stage import shard
+
+    talk = [("Is it red?", "Yes"), ("What is it?", "a square")]
+    turns = [{"from": who, "value": text} for pair in talk for who, text in zip(("human", "gpt"), pair, strict=True)]
+    for split in ("train", "test"):
+        (root / f"{split}.json").write_text(
+            json.dumps([{"id": i, "image": f"pope/random{i}.png", "conversations": turns} for i in range(3)])
+        )
+    cfg = compose(
+        [
+            "data=llava_json",
+            f"data.path={root}",
+            "+data.splits={train: train.json, test: test.json}",
+            f"shards_dir={root}/shards",
+            "engine.workers=1",
+        ]
+    )
+    assert shard(cfg).counts["failed"] == 0
+    assert status.tasks(cfg) == {"test": ["test"]}
+    _, asked, _ = stage.chosen(cfg)
+    assert (
+        sorted((q.kind, q.prompt, q.gold) for q in asked["test"])
+        == [("other", "What is it?", "a square")] * 3 + [("yesno", "Is it red?", "Yes")] * 3
+    )
+    assert len({q.cluster for q in asked["test"]}) == 3
+
+
 def test_broken_rows_are_recorded(tmp_path):
     from pipeline.layout import Layout
     from pipeline.sources import open_source

@@ -7,6 +7,7 @@ import pytest
 
 from pipeline.errors import UserError
 from pipeline.evaluate.compare import ArmResults, by_group, failures, summarise, table, yes_no
+from pipeline.evaluate.scoring import score
 
 SETTINGS = {"decoding": "greedy", "max_new_tokens": 8}
 
@@ -104,12 +105,23 @@ def test_other_questions_are_refused():
 
 
 def test_broken_arm_is_significantly_worse_and_itself_is_not():
-    good = [row | {"correct": i % 10 < 6} for i, row in enumerate(answers(1, 0.5, 400))]
-    shuffled = [row | {"correct": i % 10 < 2} for i, row in enumerate(good)]
+    told = ("red", "blue", "green", "two")
+    asked = answers(1, 0.5, 400)
+    rng = np.random.default_rng(6)
+    golds = [told[k] for k in rng.integers(4, size=len(asked))]
+    said = [gold if rng.random() < 0.6 else "red" for gold in golds]
+
+    def scored(outputs):
+        pairs = zip(asked, outputs, golds, strict=True)
+        return [row | {"correct": score("", output, gold).correct} for row, output, gold in pairs]
+
+    # the same outputs, each given to another question
+    good, shuffled = scored(said), scored([said[i] for i in rng.permutation(len(said))])
     pair = [ArmResults("sft", {1: good}, {1: []}), ArmResults("broken", {1: shuffled}, {1: []})]
     found = summarise([*pair, ArmResults("again", {1: good}, {1: []})], ["test"], "test", "sft")["paired"]["arms"]
     assert found["broken"]["test"]["real"]
-    assert found["broken"]["test"]["difference"] < 0
+    assert found["broken"]["test"]["difference"] < -0.2
+    assert found["broken"]["test"]["mcnemar_p"] < 0.001
     assert found["again"]["test"]["difference"] == 0
     assert found["again"]["test"]["p"] == 1
 

@@ -12,8 +12,10 @@ from openpyxl import Workbook
 from pipeline.config import compose
 from pipeline.errors import UserError
 from pipeline.evaluate import stage, vlmevalkit
+from pipeline.evaluate.config import Benchmark
 from pipeline.evaluate.published import beside
 from pipeline.layout import Layout
+from pipeline.report.stage import report
 
 DECODING = {"decoding": "greedy", "num_beams": 1, "max_new_tokens": 512}
 
@@ -118,6 +120,10 @@ def test_outputs_become_arms(tmp_path, capsys):
     assert lines["POPE"]["base"] == {"value": 88.8, "ci95": None, "n": 40}
     assert lines["DocVQA"]["sft"]["value"] == 25
     assert stage.evaluate(cfg).written == 0
+    cfg.eval.benchmarks["MMStar"] = Benchmark(vlmevalkit="MMStar", sft=45.1)
+    page = report(cfg).page.read_text()
+    assert "87.5" in page  # ours, beside
+    assert "45.1" in page  # the published
     outputs(tmp_path / "kit", "sft-1", lambda i: i % 2 == 0)
     with pytest.raises(UserError, match="sft-1"):
         stage.evaluate(cfg)

@@ -53,10 +53,10 @@ def _line(name: str, one: Benchmark, suite: str, summary: Mapping, harness: Mapp
 def _ours(one: Benchmark, suite: str, task: str, arm: str, found: Mapping, harness: Mapping) -> dict | None:
     total = harness.get(task, {}).get(arm)
     weights = one.lmms_metrics if suite == "lmms" else {}
-    if total and weights and weights.keys() <= total["metrics"].keys():
+    if total and weights and weights.keys() <= total.get("metrics", {}).keys():
         value = sum(weight * total["metrics"][name] for name, weight in weights.items())
         return {"value": round(value, 2), "ci95": None, "n": total["n"]}
-    if one.scale and task in found and (total is None or total["mean"]):
+    if one.scale and task in found and (total is None or total.get("mean")):
         entry = found[task]
         lo, hi = entry["ci95"]
         return {

@@ -74,6 +74,8 @@ def runs(cfg: Config, jobs: Sequence[Mapping]) -> list[dict]:
         if not job["arm"] or job["seed"] is None:
             continue
         folder = Layout(cfg).run_dir(job["arm"], job["seed"])
+        if cfg.eval.suite and not (folder / "receipt.json").is_file():  # trained elsewhere
+            continue
         found, lines = receipts.load(folder / "receipt.json"), read(folder)
         train, arm = found.settings.get("train", {}), found.settings.get("arm", {})
         last = lines[-1] if lines else {}

@@ -74,6 +74,8 @@ def _write(cfg: Config, layout: Layout) -> list[Path]:
     details = json.loads((layout.eval_dir / "details.json").read_text(encoding="utf-8"))
     jobs = [job for job in details["jobs"] if job["arm"]]
     trained = [(job["arm"], job["seed"]) for job in jobs if job["seed"] is not None]
+    # A harness may have asked arms that were trained elsewhere.
+    trained = [run for run in trained if not cfg.eval.suite or (layout.run_dir(*run) / "receipt.json").is_file()]
     library = _Library(cfg)
     shown = _shown(jobs, summary["paired"]["reference"], cfg.report.arms)
     pictures = _Pictures(cfg, layout, details, shown, library.find)
