@@ -4,7 +4,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help env demo shard precompute train eval report browse verify results world bench-data \
-	bench-teacher bench-browse bench-student faults test test-full lint format clean
+	bench-teacher bench-browse bench-student bench-train doctor faults test test-full lint format clean
 
 # What to work on; empty means the default of conf/config.yaml (the embedded world, offline).
 DATA ?=
@@ -68,6 +68,10 @@ precompute: $(READY)  ## word maps of TEACHER into shards/<data>/maps/<teacher>/
 train: $(READY)  ## MODEL with ARM and SEED into runs/<model>/<data>/<arm>-<seed>/
 	$(CHAIN) train $(SETTINGS)
 
+# GPU=a100-80gb GPUS=8 asks about other machines than this one.
+doctor: $(READY)  ## before training: what MODEL on DATA needs and what stands in its way [GPU=a100-80gb GPUS=8]
+	@$(PYTHON) -m stages.doctor $(if $(GPU),'gpu=$(GPU)') $(if $(GPUS),'gpus=$(GPUS)') $(SETTINGS)
+
 eval: $(READY) $(if $(filter lmms paper20,$(SUITE)),$(LMMS)/.ready)  ## base against every trained arm [CONTROLS=1] [STUDENTS=mine=DIR] [SUITE=lmms TASKS=ai2d,mmmu_val]
 	$(CHAIN) eval $(CHOSEN) $(SUITED) $(SETTINGS)
 
@@ -105,6 +109,9 @@ bench-browse: $(READY)  ## how fast `make browse` is over 130,000 examples, in C
 
 bench-student: $(READY)  ## what alignment costs a training step [ARGS="--families mllama --pairs 5"]
 	@$(PYTHON) -m benchmarks.student $(ARGS)
+
+bench-train: $(READY)  ## what the training loop costs beside the bare step, and on a GPU how fast it is [ARGS="--steps 60"]
+	@$(PYTHON) -m benchmarks.train $(ARGS)
 
 faults: $(READY)  ## damage to the caches on purpose, and what comes of it [ARGS="--kills 20 --flips 200"]
 	@$(PYTHON) -m benchmarks.faults $(ARGS)
