@@ -1,0 +1,176 @@
+"""lmms-eval, the real one in an environment of its own, asks the tiny students about the world."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+from evaluate_world import settings, world  # noqa: F401 (a fixture)
+
+from pipeline import receipts
+from pipeline.errors import UserError
+from pipeline.evaluate import harness, lmms, stage
+from pipeline.evaluate.scoring import score
+from pipeline.layout import Layout
+
+REPOSITORY = Path(__file__).parent.parent
+TASK = """
+task: little_world
+dataset_path: parquet
+dataset_kwargs: {{data_files: {{test: {folder}/little_world.parquet}}}}
+test_split: test
+output_type: generate_until
+doc_to_visual: !function utils.visual
+doc_to_text: question
+doc_to_target: answer
+generation_kwargs: {{max_new_tokens: 6, do_sample: true, temperature: 1.5}}
+process_results: !function utils.right
+metric_list:
+  - {{metric: right, aggregation: mean, higher_is_better: true}}
+metadata: {{version: 1.0}}
+"""
+UTILS = """
+import io
+from PIL import Image
+from pipeline.evaluate.scoring import normalise
+
+
+def visual(doc):
+    return [Image.open(io.BytesIO(doc["picture"])).convert("RGB")]
+
+
+def right(doc, results):
+    return {"right": float(normalise(results[0]) == normalise(doc["answer"]))}
+"""
+
+
+@pytest.fixture(scope="module")
+def python():
+    """The environment that `make eval SUITE=lmms` makes; where lmms-eval cannot be installed there is none."""
+    found = REPOSITORY / ".venv-lmms"
+    if not (found / ".ready").is_file():
+        made = subprocess.run(["make", "-C", str(REPOSITORY), ".venv-lmms/.ready"], capture_output=True, text=True)
+        if made.returncode:
+            if "No matching distribution" not in made.stderr and "Connection" not in made.stderr:
+                pytest.fail(made.stderr)
+            pytest.skip("lmms-eval cannot be installed here")
+    return found / "bin" / "python"
+
+
+def little_world(folder, questions, archives, golds):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [
+        {"picture": archives[q.split][q.index].image, "question": q.prompt, "answer": gold}
+        for q, gold in zip(questions, golds, strict=True)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "little_world.parquet")
+    (folder / "little_world.yaml").write_text(TASK.format(folder=folder))
+    (folder / "utils.py").write_text(UTILS)
+
+
+def test_the_real_harness_gives_what_the_built_in_evaluator_gives(world, python, tmp_path, capsys):  # noqa: F811
+    """Base and adapter, question by question; the gold answers are chosen so that each is right about half the time."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    from pipeline.evaluate import arms, status
+    from pipeline.evaluate.answers import generate
+    from pipeline.student.load import load_student
+
+    torch.manual_seed(3)
+    tuned = load_student(settings(world).model).model
+    tuned = get_peft_model(tuned, LoraConfig(r=4, lora_alpha=64, target_modules=["q_proj"], init_lora_weights=False))
+    tuned.save_pretrained(tmp_path / "mine")
+    asked_of = [f"+eval.students.mine={tmp_path}/mine", "eval.arms=[base]", f"runs_dir={tmp_path}/runs"]
+    built_in = settings(world, *asked_of)
+    archives, asked, _ = stage.chosen(built_in)
+    questions = asked["test"][:20]
+    said = {}
+    for run in arms.find(built_in):
+        student = arms.load(built_in, run, "cpu")
+        # Batches as the harness makes them: alike in length, eight at a time.
+        said[run.name] = {}
+        order = sorted(range(len(questions)), key=lambda i: (len(questions[i].prompt), i))
+        for start in range(0, len(order), 8):
+            part = order[start : start + 8]
+            found = generate(student, archives, [questions[i] for i in part], 6)
+            said[run.name] |= {i: raw for i, (raw, _, _) in zip(part, found, strict=True)}
+    golds = [said[("base", "mine")[i % 2]][i] or "nothing" for i in range(len(questions))]
+    little_world(tmp_path, questions, archives, golds)
+
+    cfg = settings(
+        world,
+        *asked_of,
+        "eval=lmms",
+        "eval.harness_tasks=[little_world]",
+        f"eval.harness_path={tmp_path}",
+        f"eval.harness_python={python}",
+    )
+    summary = stage.evaluate(cfg).summary
+    assert "little_world accuracy" in capsys.readouterr().out
+    details = json.loads((Layout(cfg).eval_dir / "details.json").read_text())
+    for name in ("base", "mine"):
+        folder = Layout(cfg).eval_dir / name
+        rows = [json.loads(line) for line in (folder / "per_sample.jsonl").read_text().splitlines()]
+        assert [row["raw"] for row in rows] == [said[name][i] for i in range(len(questions))]
+        right = [score("", row["raw"], gold).correct for row, gold in zip(rows, golds, strict=True)]
+        assert 0 < sum(right) < len(right)
+        assert [row["correct"] for row in rows] == right
+        assert len({row["cluster"] for row in rows}) == len({q.cluster for q in questions})
+        assert summary["arms"][name]["little_world"]["accuracy"] == pytest.approx(sum(right) / len(right), abs=1e-4)
+        total = details["harness"]["little_world"][name]
+        assert (total["metric"], total["n"], total["mean"]) == ("right", 20, True)
+        assert total["value"] == pytest.approx(sum(right) / len(right))
+    told = rows[0]["settings"]
+    assert told["decoding"] == "greedy"  # whatever the task asks for
+    assert told["limits"]["little_world"]["max_new_tokens"] == 6
+    assert rows[0]["scorer"].startswith("lmms_eval-")
+    assert stage.evaluate(cfg).written == 0
+
+    # What a killed run has answered is not asked again.
+    job = status.Job("base", None)
+    folder = status.folder(cfg, job)
+    (folder / "receipt.json").unlink()
+    name = receipts.fingerprint({**status.settings(cfg, job), **status.inputs(cfg, job)})
+    kept = [
+        {"uid": f"little_world/test/{i}:0", "raw": golds[i], "problem": "", "cluster": str(i), "images": 1}
+        for i in range(20)
+    ]
+    part = folder / f"answers-{name[:12]}.part"
+    part.write_text("".join("\n" + json.dumps(row) for row in kept) + '\n{"uid": "little')
+    stage.evaluate_arm(cfg, "base")
+    total = json.loads((folder / harness.TOTALS).read_text())["little_world"]
+    assert total["value"] == 1
+    assert not part.exists()
+
+
+def test_mistakes_are_told(world, tmp_path):  # noqa: F811
+    with pytest.raises(UserError, match="name the harness's tasks"):
+        stage.evaluate(settings(world, "eval=lmms"))
+    cfg = settings(world, "eval=lmms", "eval.harness_tasks=[ai2d]", f"eval.harness_python={tmp_path}/python")
+    with pytest.raises(UserError, match="no Python with lmms-eval"):
+        stage.evaluate_arm(cfg, "base", None, "cpu")
+    with pytest.raises(UserError, match="no such folder"):
+        stage.evaluate(settings(world, "eval=lmms", "eval.harness_tasks=[ai2d]", "eval.harness_path=/nowhere"))
+
+
+class Task:
+    """What is needed of a task of lmms-eval: how it makes one number of many."""
+
+    def aggregation(self):
+        return {
+            "f1": lambda values: sum(v["hit"] for v in values) ** 2 / len(values) ** 2,
+            "alone": lambda values: sum(v["prediction"] == "A" for v in values) / len(values),
+        }
+
+
+def test_a_total_that_is_no_mean_is_told_apart():
+    samples = [{"f1": {"hit": i % 2}, "alone": {"prediction": "AB"[i % 2]}, "points": 40.0 * i} for i in range(4)]
+    assert lmms._scores(samples, {"f1": 0.25, "alone": 0.5}, Task()) == ("alone", [1, 0, 1, 0])
+    metric, parts = lmms._scores(samples, {"f1": 0.25}, Task())
+    assert (metric, parts) == ("f1", [0, 1, 0, 1])
+    assert not harness.is_mean(0.25, parts)
+    assert harness.is_mean(50.0, parts)  # in per cent
+    assert lmms._scores(samples, {"points": 999.0}, Task()) == ("", None)
