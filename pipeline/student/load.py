@@ -59,12 +59,13 @@ class Student:
     family: "Family"
 
 
-def load_student(cfg: ModelConfig, align: "AlignConfig | None" = None) -> Student:
+def load_student(cfg: ModelConfig, align: "AlignConfig | None" = None, quantization: object | None = None) -> Student:
     """Loads a student from a directory or hub id.
 
     Args:
         cfg: which model.
         align: which words and layers are aligned; None takes every assistant word and every layer.
+        quantization: how weights are held in fewer bits, as ``from_pretrained`` takes it; None holds them as they are.
 
     Raises:
         UserError: nothing there, no weights, weights that do not fit, or an architecture without a family.
@@ -83,6 +84,7 @@ def load_student(cfg: ModelConfig, align: "AlignConfig | None" = None) -> Studen
             path,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # so that they are listed, and refused below
+            **({"quantization_config": quantization} if quantization else {}),
             **options,
         )
     except (OSError, SafetensorError) as error:

@@ -5,12 +5,28 @@ from dataclasses import dataclass, field
 
 @dataclass
 class LoraConfig:
-    """Low-rank adapters (PEFT). ``targets`` names the modules, or is a regular expression over their full names."""
+    """Low-rank adapters (PEFT).
+
+    Args:
+        r, alpha, dropout: rank, scale and dropout.
+        targets: names of the modules that get one, the last parts of their full names.
+        vision: true adds the attention of the vision part whatever its projections are called, false leaves the vision
+            part out; by default it is adapted where the names in ``targets`` occur in it.
+    """
 
     r: int = 8
     alpha: int = 32
     dropout: float = 0.05
     targets: list[str] = field(default_factory=lambda: ["q_proj", "v_proj"])
+    vision: bool | None = None
+
+
+@dataclass
+class Unfreeze:
+    """Parameters whose names match ``pattern`` (a regular expression, at any place) are trained from ``step`` on."""
+
+    step: int = 0
+    pattern: str = ""
 
 
 @dataclass
@@ -22,6 +38,8 @@ class TrainConfig:
         method: ``lora`` trains adapters, ``full`` every weight that ``freeze`` does not hold.
         export: what ``lora`` leaves: an ``adapter`` for the base, or a whole model with it ``merged``.
         freeze: regular expressions over parameter names; a match at any place is not trained.
+        unfreeze: what is trained only from some step on, a list of {step, pattern}.
+        quantize: ``nf4`` holds what is not trained in 4 bits (QLoRA; needs bitsandbytes and a CUDA GPU).
         steps: optimizer steps; 0 means ``epochs`` decide.
         batch_size: examples per optimizer step over all processes; ``micro_batch`` of them at a time in each.
         lr: peak learning rate, after a linear warm-up over ``warmup`` (share of the steps), then ``schedule``.
@@ -43,6 +61,8 @@ class TrainConfig:
     lora: LoraConfig = field(default_factory=LoraConfig)
     export: str = "adapter"
     freeze: list[str] = field(default_factory=list)
+    unfreeze: list[Unfreeze] = field(default_factory=list)
+    quantize: str = ""
     steps: int = 0
     epochs: float = 3.0
     batch_size: int = 32
@@ -71,6 +91,8 @@ class TrainConfig:
             raise ValueError(f"train.method={self.method}: choose lora or full")
         if self.export not in ("adapter", "merged"):
             raise ValueError(f"train.export={self.export}: choose adapter or merged")
+        if self.quantize not in ("", "nf4"):
+            raise ValueError(f"train.quantize={self.quantize}: choose nf4, or leave it empty")
         if self.schedule not in ("cosine", "linear", "constant"):
             raise ValueError(f"train.schedule={self.schedule}: choose cosine, linear or constant")
         if self.precision not in ("no", "bf16"):

@@ -15,6 +15,7 @@ from pipeline.student.batch import IGNORED
 from pipeline.train.clock import Clock
 from pipeline.train.guards import Finite, HangWatch
 from pipeline.train.metrics import Running, note
+from pipeline.train.trainable import Unfreezing
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -61,6 +62,7 @@ def train_loop(
     clock, trackers = Clock(device), trackers or {}
     finite = Finite(cfg.on_nonfinite == "skip", **trackers.get("finite", {}))
     running = Running(**trackers.get("running", {}))
+    unfreezing = Unfreezing(tuned.named_parameters(), cfg.unfreeze)
     with HangWatch(cfg.hang_timeout) as watch:
         for step, share in enumerate(clock.waiting(batches.stream(start, stop, cfg.workers)), start):
             torch.manual_seed((seed * 1_000_003 + step) * 1_009 + accelerator.process_index)
@@ -87,6 +89,8 @@ def train_loop(
                     with clock.part("backward"):
                         accelerator.backward(loss)
                 sums[:2] += torch.stack([ce.detach(), aligned.detach()])
+
+            unfreezing.drop(step)
 
             # No step with a loss or a gradient that is not finite on any process.
             norm = accelerator.clip_grad_norm_(tuned.parameters(), cfg.grad_clip)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-import re
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline import receipts
-from pipeline.errors import UserError
 from pipeline.layout import Layout
 from pipeline.student.weights import model_path
 from pipeline.train import status
@@ -19,7 +17,6 @@ if TYPE_CHECKING:
 
     from pipeline.archive import Archive
     from pipeline.config import Config
-    from pipeline.student.load import Student
 
 
 def train(cfg: Config) -> None:
@@ -68,6 +65,7 @@ def _train(cfg: Config, run: Path, archive: Archive, steps: int, label: str) -> 
     from pipeline.train.metrics import FILE, Metrics, read
     from pipeline.train.preempt import Preemption
     from pipeline.train.targets import open_targets
+    from pipeline.train.trainable import groups, quantization, trainable
     from pipeline.train.tuned import Tuned
 
     started = time.monotonic()
@@ -77,18 +75,14 @@ def _train(cfg: Config, run: Path, archive: Archive, steps: int, label: str) -> 
         dataloader_config=DataLoaderConfiguration(),
         step_scheduler_with_optimizer=False,
     )
-    student = load_student(cfg.model, cfg.align)
-    model = _trainable(student, cfg)
+    student = load_student(cfg.model, cfg.align, quantization(cfg.train.quantize, cfg.train.method))
+    model = trainable(student.model, cfg.train)
     tap = AttentionTap(model, student.family)
     # Drawn from the seed alone, so that the Aligner starts alike in every arm, whatever was drawn before it.
     torch.manual_seed(cfg.seed)
     tuned = Tuned(model, AlignmentLoss.for_tap(tap, cfg.align), tap, cfg.train.logits_mb << 20)
-    weights = {name: p for name, p in tuned.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(
-        [
-            {"params": [p for n, p in weights.items() if n.startswith("student.")], "lr": cfg.train.lr},
-            {"params": [p for n, p in weights.items() if n.startswith("align.")], "lr": cfg.train.aligner_lr},
-        ],
+        groups(tuned.named_parameters(), cfg.train),
         betas=tuple(cfg.train.betas),
         weight_decay=cfg.train.weight_decay,
         fused=True,
@@ -175,42 +169,6 @@ def _train(cfg: Config, run: Path, archive: Archive, steps: int, label: str) -> 
     print(f"{label}: {len(archive)} examples, {len(batches.refused)} skipped, {steps} steps -> {files[0]}", flush=True)
 
 
-def _trainable(student: Student, cfg: Config) -> nn.Module:
-    """The model with gradients where the settings want them.
-
-    Raises:
-        UserError: a pattern of ``train.freeze`` matches no parameter, or nothing is left to train.
-    """
-    model = student.model
-    if cfg.train.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    if cfg.train.method == "lora":
-        from peft import LoraConfig, get_peft_model
-
-        lora = cfg.train.lora
-        model.requires_grad_(False)
-        try:
-            model = get_peft_model(
-                model,
-                LoraConfig(
-                    r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=list(lora.targets)
-                ),
-            )
-        except ValueError as error:
-            raise UserError(f"train.lora.targets={list(lora.targets)}: {error}") from error
-        if cfg.train.gradient_checkpointing:
-            model.enable_input_require_grads()
-    for pattern in cfg.train.freeze:
-        matched = [p for name, p in model.named_parameters() if re.search(pattern, name)]
-        if not matched:
-            raise UserError(f"train.freeze: '{pattern}' matches no parameter of {cfg.model.name}")
-        for parameter in matched:
-            parameter.requires_grad_(False)
-    if not any(p.requires_grad for p in model.parameters()):
-        raise UserError("nothing is left to train: train.freeze covers every parameter")
-    return model
-
-
 def _maps(cfg: Config):
     if not status.uses_maps(cfg):
         return None
@@ -230,9 +188,11 @@ def _reload(cfg: Config, path: Path) -> nn.Module:
     from dataclasses import replace
 
     from pipeline.student.load import load_student
+    from pipeline.train.trainable import quantization
 
     if not (path / "adapter_config.json").is_file():
         return load_student(replace(cfg.model, path=str(path.resolve()), weights="published", size="full")).model
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(load_student(cfg.model).model, path)
+    quantized = quantization(cfg.train.quantize, cfg.train.method)
+    return PeftModel.from_pretrained(load_student(cfg.model, quantization=quantized).model, path)

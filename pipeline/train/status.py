@@ -17,6 +17,10 @@ RECEIPT = "receipt.json"
 RUNTIME = ("name", "checkpoint_every", "keep_checkpoints", "log_every", "workers", "max_steps_per_call", "hang_timeout")
 
 
+# Settings that came later: at their defaults they do not count, so that runs from before stay good.
+LATER = ("logits_mb", "on_nonfinite", "unfreeze", "quantize")
+
+
 def uses_maps(cfg: Config) -> bool:
     """Whether the arm reads the map store."""
     return cfg.arm.lam > 0 and cfg.arm.targets in ("teacher", "shuffled")
@@ -27,6 +31,12 @@ def settings(cfg: Config) -> dict:
     train = {key: value for key, value in asdict(cfg.train).items() if key not in RUNTIME}
     if cfg.train.method == "full" or cfg.train.export == "adapter":
         del train["export"]  # as in runs from before there was a choice
+    default = asdict(type(cfg.train)())
+    for key in LATER:
+        if train[key] == default[key]:
+            del train[key]
+    if train["lora"]["vision"] is None:
+        del train["lora"]["vision"]
     # Where the parts are is not in it: what they hold is among the inputs.
     left_out = ("name", "local_files_only", "parts")
     model = {key: value for key, value in asdict(cfg.model).items() if key not in left_out}
