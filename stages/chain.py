@@ -143,7 +143,7 @@ def walk(work: Plan) -> int:
     for stage in work.stages:
         up_to_date = import_module(STATUS[stage]).up_to_date
         steps = work.steps(stage)
-        missing = [job for cfg, job in steps if not up_to_date(cfg)]
+        missing = [_started(cfg, job) for cfg, job in steps if not up_to_date(cfg)]
         if not missing:
             print(f"{stage}: up to date", flush=True)
             continue
@@ -176,6 +176,15 @@ def _check_models(work: Plan) -> None:
         import_module("pipeline.teacher.weights").check(work.cfg.teacher)
     if "train" in work.stages:
         import_module("pipeline.student.weights").check(work.cfg.model)
+
+
+def _started(cfg: Config, job: Job) -> Job:
+    """The job as its settings want it started: training may take several processes."""
+    if job.stage != "train":
+        return job
+    from pipeline.train import launch
+
+    return replace(job, launcher=tuple(launch.command(cfg, job.overrides)))
 
 
 def _tell(work: Plan, clock: results.Seconds, ran: set[str]) -> None:

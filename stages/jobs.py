@@ -18,14 +18,18 @@ GRACE_SECONDS = 20
 
 @dataclass(frozen=True)
 class Job:
-    """`python -m stages.<stage> <overrides>`; `name` marks its lines when several run at once."""
+    """`python -m stages.<stage> <overrides>`, or the words in `launcher` where it takes more to start it; `name` marks
+    its lines when several run at once."""
 
     stage: str
     name: str
     overrides: tuple[str, ...]
+    launcher: tuple[str, ...] = ()
 
     @property
     def command(self) -> list[str]:
+        if self.launcher:
+            return list(self.launcher)
         return [sys.executable, "-m", f"stages.{self.stage}", *self.overrides]
 
 

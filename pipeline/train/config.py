@@ -45,6 +45,14 @@ class TrainConfig:
         lr: peak learning rate, after a linear warm-up over ``warmup`` (share of the steps), then ``schedule``.
         aligner_lr: of the Aligner, whose weights start from scratch.
         precision: ``no`` or ``bf16`` compute.
+        launch: how `make train` starts it: ``one`` process, ``torchrun`` over this machine's GPUs, ``slurm`` (a job with
+            the resources of ``engine`` on each of ``nodes`` nodes), or ``auto``: torchrun where there are several.
+        processes: on each machine; 0 takes one per GPU.
+        nodes: machines, for ``slurm``.
+        parallel: how several processes share a step: ``ddp`` (each has all weights), ``fsdp`` (FSDP2, weights are
+            sharded), or ``auto``: ``fsdp`` on GPUs, ``ddp`` without.
+        cpu_offload: with ``fsdp``, keep weights and optimizer in the CPU's memory.
+        compile: compile the student's layers one by one (torch.compile).
         logits_mb: MiB of float32 logits computed at once; where a micro-batch has more, in chunks.
         on_nonfinite: when a loss or gradient is NaN or infinite, `stop` with the keys of the batch, or `skip` the step,
             count it, and stop after ten in a row.
@@ -76,6 +84,12 @@ class TrainConfig:
     schedule: str = "cosine"
     precision: str = "no"
     gradient_checkpointing: bool = False
+    launch: str = "auto"
+    processes: int = 0
+    nodes: int = 1
+    parallel: str = "auto"
+    cpu_offload: bool = False
+    compile: bool = False
     logits_mb: int = 256
     on_nonfinite: str = "stop"
     hang_timeout: float = 1800.0
@@ -97,6 +111,12 @@ class TrainConfig:
             raise ValueError(f"train.schedule={self.schedule}: choose cosine, linear or constant")
         if self.precision not in ("no", "bf16"):
             raise ValueError(f"train.precision={self.precision}: choose no or bf16")
+        if self.launch not in ("auto", "one", "torchrun", "slurm"):
+            raise ValueError(f"train.launch={self.launch}: choose auto, one, torchrun or slurm")
+        if self.nodes < 1 or self.processes < 0:
+            raise ValueError("train.nodes must be 1 or more and train.processes 0 or more")
+        if self.parallel not in ("auto", "ddp", "fsdp"):
+            raise ValueError(f"train.parallel={self.parallel}: choose auto, ddp or fsdp")
         if self.on_nonfinite not in ("stop", "skip"):
             raise ValueError(f"train.on_nonfinite={self.on_nonfinite}: choose stop or skip")
         if self.hang_timeout < 0:

@@ -58,7 +58,8 @@ def _chunks(hidden_NC, labels_N, head, tail, rows, wanted) -> torch.Tensor:
         part = slice(start, start + rows)
         with torch.set_grad_enabled(wanted is not None):
             some_nC = hidden_NC[part].detach().requires_grad_(wanted is not None)
-            value = F.cross_entropy(tail(head(some_nC)).float(), labels_N[part], reduction="sum")
+            # Not the module itself: FSDP counts its calls, and has gathered its weights for the model's own one.
+            value = F.cross_entropy(tail(head.forward(some_nC)).float(), labels_N[part], reduction="sum")
         if wanted is not None:
             learnt, grads = wanted
             found, *others = torch.autograd.grad(value, [some_nC, *learnt])

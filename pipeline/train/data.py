@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from pipeline.errors import UserError
-from pipeline.student.batch import EncodeError, StudentBatch
+from pipeline.student.batch import IGNORED, EncodeError, StudentBatch
 
 if TYPE_CHECKING:
     from pipeline.archive import Archive
@@ -67,7 +67,7 @@ class Batches:
             raise UserError(f"train.batch_size={batch_size} does not divide over {ranks} processes: choose a multiple")
         self.archive, self.order, self.family, self.targets = archive, order, family, targets
         self.batch_size, self.micro_batch = batch_size, micro_batch
-        self.rank, self.share = rank, batch_size // ranks
+        self.rank, self.ranks, self.share = rank, ranks, batch_size // ranks
         self.skipped_file, self.limit = skipped_file, max_failed * len(archive)
         self.refused: dict[int, str] = {}
         self.cache: OrderedDict[int, tuple[Item, torch.Tensor, torch.Tensor]] = OrderedDict()
@@ -79,7 +79,10 @@ class Batches:
         rows = [self._row(index) for index in self.order.indices(first, self.share)]
         kept = [row for row in rows if row is not None]
         parts = [kept[i : i + self.micro_batch] for i in range(0, len(kept), self.micro_batch)]
-        return Share([self._collate(part) for part in parts], len(rows) - len(kept))
+        batches = [self._collate(part) for part in parts]
+        # Where examples were left out, a process may have fewer batches than the others, and they would wait for it.
+        missing = -(-self.share // self.micro_batch) - len(batches) if self.ranks > 1 else 0
+        return Share(batches + [self._nothing()] * missing, len(rows) - len(kept))
 
     def stream(self, step: int, stop: int, workers: int) -> Iterator[Share]:
         """Shares of the steps ``step:stop``; with workers, that many batches are prepared ahead in threads."""
@@ -116,6 +119,12 @@ class Batches:
             self.cache[index] = row
             self.cached_bytes += size
         return row
+
+    def _nothing(self) -> StudentBatch:
+        """A batch that teaches nothing: the first example that can be encoded, without labels and words."""
+        item = next(row[0] for row in map(self._row, range(len(self.archive))) if row is not None)
+        item = dataclasses.replace(item, labels=torch.full_like(item.labels, IGNORED), words=[], tokens=[])
+        return self._collate([(item, torch.zeros(0, 32, 32), torch.zeros(0, dtype=torch.bool))])
 
     def _refuse(self, index: int, key: str, reason: str) -> None:
         self.refused[index] = reason

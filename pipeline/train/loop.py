@@ -80,8 +80,10 @@ def train_loop(
 
             sums = torch.zeros(4, device=device)
             for number, batch in enumerate(micro):
-                # Gradients travel between processes once a step, with the last micro-batch.
-                with accelerator.no_sync(tuned) if number + 1 < len(micro) else nullcontext():
+                # Gradients travel between processes once a step, with the last micro-batch; but FSDP would have to hold
+                # them whole until then.
+                wait = number + 1 < len(micro) and not accelerator.is_fsdp2
+                with accelerator.no_sync(tuned) if wait else nullcontext():
                     with clock.part("forward"):
                         ce, aligned, _ = tuned(batch)
                         # DDP and FSDP average gradients over processes: times `ranks` makes it the sum of the parts.

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import math
+import os
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,36 +31,36 @@ def train(cfg: Config) -> None:
     run = status.run_dir(cfg)
     label = f"train {cfg.arm.name}-{cfg.seed}"
     if status.up_to_date(cfg):
-        print(f"{label}: up to date ({run})")
+        if is_main():
+            print(f"{label}: up to date ({run})")
         return
     from pipeline.archive import Archive
 
     archive = Archive(Layout(cfg).examples_dir(cfg.train.split))
     steps = cfg.train.steps or math.ceil(cfg.train.epochs * len(archive) / cfg.train.batch_size)
-    print(
+    say = print if is_main() else lambda *_, **__: None
+    say(
         f"{label}: {len(archive)} examples, {steps} steps of {cfg.train.batch_size}, {cfg.train.method}, "
         f"lambda {cfg.arm.lam:g}" + (f" towards {cfg.arm.targets}" if cfg.arm.lam else ""),
         flush=True,
     )
     if cfg.dry_run:
         return
-    with receipts.hold(run):
-        if cfg.overwrite and (run / status.RECEIPT).is_file():
+    with receipts.hold(run) if is_main() else nullcontext():
+        if is_main() and cfg.overwrite and (run / status.RECEIPT).is_file():
             (run / status.RECEIPT).unlink()
         _train(cfg, run, archive, steps, label)
 
 
 def _train(cfg: Config, run: Path, archive: Archive, steps: int, label: str) -> None:
     import torch
-    from accelerate import Accelerator
-    from accelerate.utils import DataLoaderConfiguration
 
     from pipeline.align.loss import AlignmentLoss
     from pipeline.archive.order import Order
     from pipeline.progress import Progress
     from pipeline.student.capture import AttentionTap
     from pipeline.student.load import load_student
-    from pipeline.train import card, guards
+    from pipeline.train import card, guards, parallel
     from pipeline.train.checkpoint import Checkpoints
     from pipeline.train.data import Batches
     from pipeline.train.export import export
@@ -70,11 +73,7 @@ def _train(cfg: Config, run: Path, archive: Archive, steps: int, label: str) -> 
 
     started = time.monotonic()
     torch.manual_seed(cfg.seed)
-    accelerator = Accelerator(
-        mixed_precision=cfg.train.precision,
-        dataloader_config=DataLoaderConfiguration(),
-        step_scheduler_with_optimizer=False,
-    )
+    accelerator = parallel.accelerator(cfg.train)
     student = load_student(cfg.model, cfg.align, quantization(cfg.train.quantize, cfg.train.method))
     model = trainable(student.model, cfg.train)
     tap = AttentionTap(model, student.family)
@@ -89,7 +88,7 @@ def _train(cfg: Config, run: Path, archive: Archive, steps: int, label: str) -> 
     )
     settings = status.settings(cfg) | {"inputs": status.inputs(cfg), "steps": steps}
     settings["train"].pop("export", None)  # decides nothing before the end
-    wrapped, optimizer = accelerator.prepare(tuned, optimizer)
+    wrapped, optimizer = parallel.prepare(accelerator, tuned, optimizer, cfg.train)
     checkpoints = Checkpoints(run, settings, cfg.train.keep_checkpoints, tuned, optimizer)
     position = checkpoints.restore(overwrite=cfg.overwrite)
     start = position.step
@@ -100,7 +99,9 @@ def _train(cfg: Config, run: Path, archive: Archive, steps: int, label: str) -> 
             print(f"{label}: going on from step {start}", flush=True)
 
     targets = open_targets(cfg.arm.targets, archive, _maps(cfg), cfg.seed) if cfg.arm.lam > 0 else None
-    (run / "skipped.jsonl").unlink(missing_ok=True)
+    if accelerator.is_main_process:
+        (run / "skipped.jsonl").unlink(missing_ok=True)
+    accelerator.wait_for_everyone()
     batches = Batches(
         archive,
         Order(archive.sizes, seed=cfg.seed, window=cfg.train.window),
@@ -114,7 +115,8 @@ def _train(cfg: Config, run: Path, archive: Archive, steps: int, label: str) -> 
         max_failed=cfg.data.max_failed,
     )
 
-    bar = Progress(label, total=steps, unit="steps", done=start)
+    quiet = None if accelerator.is_main_process else io.StringIO()
+    bar = Progress(label, total=steps, unit="steps", done=start, stream=quiet)
     with bar as progress, Preemption() as preemption, guards.memory(cfg.train):
         done = train_loop(
             accelerator,
@@ -127,7 +129,7 @@ def _train(cfg: Config, run: Path, archive: Archive, steps: int, label: str) -> 
             cfg.seed,
             steps,
             start,
-            Metrics(run, start),
+            Metrics(run, start) if accelerator.is_main_process else None,
             progress,
             checkpoints.save,
             trackers=position.trackers,
@@ -167,6 +169,11 @@ def _train(cfg: Config, run: Path, archive: Archive, steps: int, label: str) -> 
         seconds=time.monotonic() - started,
     )
     print(f"{label}: {len(archive)} examples, {len(batches.refused)} skipped, {steps} steps -> {files[0]}", flush=True)
+
+
+def is_main() -> bool:
+    """Whether this is the process of several that prints and writes (torchrun counts them from 0)."""
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def _maps(cfg: Config):

@@ -14,11 +14,24 @@ if TYPE_CHECKING:
 
 RECEIPT = "receipt.json"
 # Settings of how a run is carried out; they change nothing about what it computes.
-RUNTIME = ("name", "checkpoint_every", "keep_checkpoints", "log_every", "workers", "max_steps_per_call", "hang_timeout")
+RUNTIME = (
+    "name",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "log_every",
+    "workers",
+    "max_steps_per_call",
+    "hang_timeout",
+    "parallel",
+    "cpu_offload",
+    "launch",
+    "processes",
+    "nodes",
+)
 
 
 # Settings that came later: at their defaults they do not count, so that runs from before stay good.
-LATER = ("logits_mb", "on_nonfinite", "unfreeze", "quantize")
+LATER = ("logits_mb", "on_nonfinite", "unfreeze", "quantize", "compile")
 
 
 def uses_maps(cfg: Config) -> bool:

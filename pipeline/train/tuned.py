@@ -60,13 +60,15 @@ class Tuned(nn.Module):
         self, batch: StudentBatch, needed_P: torch.Tensor, following_BP: torch.Tensor, head: nn.Module | None
     ) -> torch.Tensor | None:
         """The same without the logits of all positions at once; None where this model does not allow it."""
-        if head is None or any(hasattr(parameter, "full_tensor") for parameter in head.parameters()):
+        if head is None:
             return self._give_up("it has no output layer of its own to call")
         first = self._tail is None
         with crossentropy.without_head(head, first) as seen:
             made = self.student(**batch.inputs, logits_to_keep=needed_P, use_cache=False).logits
         if seen.hidden_BPC is None or seen.hidden_BPC.shape[:2] != following_BP.shape:
             return self._give_up("its output layer is given other positions than those asked for")
+        if any(hasattr(parameter, "full_tensor") for parameter in head.parameters()):
+            return self._give_up("its output layer's weights are not held whole after its forward")
         if first:
             settings = self.student.config.get_text_config()
             self._tail = crossentropy.Tails(settings).find(seen.first_11V, made.detach())

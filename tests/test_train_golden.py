@@ -1,0 +1,92 @@
+"""Settings that must not change what a run computes, each against one reference run, through the command itself."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_train import losses, root  # noqa: F401 (a fixture)
+
+from pipeline.config import Config, compose
+from pipeline.train import metrics, status
+from stages.cli import stage
+
+# Rounding of the sums at the same weights; Adam divides by the gradient's own size, so that it grows from step to step.
+FIRST, LATER = 1e-5, 2e-3
+
+
+def words(root: Path, name: str, *more: str) -> list[str]:  # noqa: F811
+    """The command's words: those of `settings`, and what all runs here share."""
+    return [
+        f"shards_dir={root}/shards",
+        f"runs_dir={root}/golden-{name}",
+        f"model.path={root}/student",
+        "data.sizes={train: 12}",
+        "data.shard_size=5",
+        "train.steps=4",
+        "train.batch_size=4",
+        "train.micro_batch=4",
+        "train.checkpoint_every=4",
+        "train.log_every=1",
+        "train.freeze=[vision_model]",
+        "train.unfreeze=[{step: 2, pattern: lm_head}]",
+        "arm=lavender",
+        *more,
+    ]
+
+
+def run(root: Path, name: str, *more: str) -> Config:  # noqa: F811
+    argv = words(root, name, *more)
+    assert stage("pipeline.train.stage", "train", None, argv) == 0
+    return compose(argv)
+
+
+def ranks(root: Path, name: str, target: list[str], *more: str) -> tuple[Config, str]:  # noqa: F811
+    """The same on two processes that torchrun starts."""
+    argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *target]
+    given = words(root, name, *more)
+    done = subprocess.run(argv + given, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return compose(given), done.stdout
+
+
+@pytest.fixture(scope="module")
+def reference(root) -> Config:  # noqa: F811
+    return run(root, "reference")
+
+
+def same_run(cfg: Config, reference: Config) -> None:
+    found, expected = metrics.read(status.run_dir(cfg)), metrics.read(status.run_dir(reference))
+    for name in ("loss", "ce", "align", "grad_norm"):
+        assert found[0][name] == pytest.approx(expected[0][name], rel=FIRST), name
+    for name in ("step", "tokens", "words"):
+        assert [row[name] for row in found] == [row[name] for row in expected], name
+    for a, b in zip(losses(cfg), losses(reference), strict=True):
+        assert a == pytest.approx(b, abs=LATER)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["train.micro_batch=1"],
+        ["train.gradient_checkpointing=true"],
+        ["model.attention=eager"],
+        ["train.micro_batch=3", "train.workers=1"],
+    ],
+    ids=["accumulation", "checkpointing", "eager", "uneven"],
+)
+def test_the_run_is_the_same(root, reference, more):  # noqa: F811
+    same_run(run(root, more[0].partition("=")[0], *more), reference)
+
+
+def test_two_processes_compute_the_same_run(root, reference):  # noqa: F811
+    cfg, out = ranks(root, "ddp", ["-m", "stages.train"], "train.micro_batch=1")
+    assert out.count("4 steps of 4") == 1, "one process speaks"
+    same_run(cfg, reference)
+
+
+def test_two_processes_with_sharded_weights_compute_the_same_run(root, reference):  # noqa: F811
+    script = str(Path(__file__).parent / "fsdp_on_cpu.py")
+    cfg, out = ranks(root, "fsdp", [script], "train.micro_batch=1", "train.parallel=fsdp", "train.logits_mb=1")
+    assert "fsdp2 True" in out
+    same_run(cfg, reference)
