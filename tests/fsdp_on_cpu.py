@@ -9,14 +9,14 @@ import torch
 from accelerate.state import AcceleratorState, DistributedType
 
 plain = AcceleratorState.__init__
+plugins = []
 
 
 def forced(self, *args, fsdp_plugin=None, **kwargs):
-    first = not AcceleratorState._shared_state
     plain(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
-    if first and fsdp_plugin is not None:
-        self.distributed_type = DistributedType.FSDP
-        self.fsdp_plugin = fsdp_plugin
+    plugins.extend([fsdp_plugin] if fsdp_plugin is not None else [])
+    if plugins:  # each further call takes the type over from the processes' own state again
+        self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, plugins[0]
 
 
 AcceleratorState.__init__ = forced

@@ -45,7 +45,7 @@ class TrainConfig:
         lr: peak learning rate, after a linear warm-up over ``warmup`` (share of the steps), then ``schedule``.
         aligner_lr: of the Aligner, whose weights start from scratch.
         precision: ``no`` or ``bf16`` compute.
-        launch: how `make train` starts it: ``one`` process, ``torchrun`` over this machine's GPUs, ``slurm`` (a job with
+        launch: how `make train` starts it: ``one`` process, ``torchrun`` over all GPUs here, ``slurm`` (a job with
             the resources of ``engine`` on each of ``nodes`` nodes), or ``auto``: torchrun where there are several.
         processes: on each machine; 0 takes one per GPU.
         nodes: machines, for ``slurm``.

@@ -96,6 +96,7 @@ def train_loop(
 
             # No step with a loss or a gradient that is not finite on any process.
             norm = accelerator.clip_grad_norm_(tuned.parameters(), cfg.grad_clip)
+            norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
             sums[2], sums[3] = ~torch.isfinite(norm), asked()
             sums = accelerator.reduce(sums, "sum") / torch.tensor([tokens, words, 1, 1], device=device)
             ce, aligned, bad_norms, ending = sums.tolist()

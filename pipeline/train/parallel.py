@@ -45,7 +45,8 @@ def accelerator(cfg: TrainConfig) -> Accelerator:
             cpu_ram_efficient_loading=False,
             activation_checkpointing=False,  # its way gives wrong gradients with dropout; the model does its own
         )
-    return Accelerator(
+    made = Accelerator(
+        cpu=processes() > 1 and not torch.cuda.is_available(),  # else processes without GPUs would not know each other
         mixed_precision=cfg.precision,
         dataloader_config=DataLoaderConfiguration(),
         step_scheduler_with_optimizer=False,
@@ -53,6 +54,8 @@ def accelerator(cfg: TrainConfig) -> Accelerator:
         # Some models have trained layers that nothing reads, such as the last one of the tower in LLaVA.
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
+    assert made.num_processes == processes(), f"{made.num_processes} of {processes()} processes found each other"
+    return made
 
 
 def shards(cfg: TrainConfig) -> bool:
