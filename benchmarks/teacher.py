@@ -166,22 +166,24 @@ class Bench:
         self.condition = adapter.condition([self.text.text[:70]] * args.batch)
 
     @torch.no_grad()
-    def run(self, arm: str) -> None:
-        """One forward of an arm, with its maps where it makes any."""
+    def run(self, arm: str) -> torch.Tensor | None:
+        """One forward of an arm, and its maps where it makes any."""
+        maps = None
         adapter = self.adapters.get(arm, self.adapters["capture"])
         if arm == "store":
-            self._store(adapter)
+            maps = self._store(adapter)
         elif arm in self.adapters:
             self.whole.set_attn_processor(dict(self.processors[arm]))
             capture = Capture(self.grids[arm], self.tokens_BTW, None, adapter.cfg.refine, adapter.refine_side)
             adapter.forward(self.latents, 100, self.condition, capture)
-            capture.word_maps()
+            maps = capture.word_maps()
         else:
             self.whole.set_attn_processor(dict(self.processors["capture"]))
             unet = self.whole if arm == "full" else adapter.unet
             adapter._run(unet, self.latents, 100, self.condition, self.condition.hidden_BTC, None)
         if self.device.type == "cuda":
             torch.cuda.synchronize()
+        return maps
 
     @torch.no_grad()
     def record(self) -> None:
@@ -202,9 +204,9 @@ class Bench:
             hook.remove()
 
     @torch.no_grad()
-    def replay(self, arm: str) -> None:
-        """The recorded layers alone, and what makes maps of what they left: `bare`, `capture` or `store`."""
-        adapter, extra = self.adapters["capture"], {}
+    def replay(self, arm: str) -> torch.Tensor | None:
+        """The recorded layers alone, and the maps made of what they left: `bare` (none), `capture` or `store`."""
+        extra: dict[str, Capture] = {}
         kept: list[torch.Tensor] = []
         if arm == "store":
             self.whole.set_attn_processor({name: StoreAll(kept) for name in self.whole.attn_processors})
@@ -214,22 +216,24 @@ class Bench:
             extra = {"capture": Capture(self.grids[arm], self.tokens_BTW)}
         for module, hidden, context in self.calls:
             module(hidden, encoder_hidden_states=context, **extra)
+        maps = None
         if arm == "store":
-            self._heat_maps(kept)
+            maps = self._heat_maps(kept)
         elif arm == "capture":
-            extra["capture"].word_maps()
-        assert arm != "store" or len(kept) == len(adapter.layers)
+            maps = extra["capture"].word_maps()
         if self.device.type == "cuda":
             torch.cuda.synchronize()
+        return maps
 
-    def _store(self, adapter: UNetAdapter) -> None:
+    def _store(self, adapter: UNetAdapter) -> torch.Tensor:
         kept: list[torch.Tensor] = []
         self.whole.set_attn_processor({name: StoreAll(kept) for name in self.whole.attn_processors})
         adapter._run(adapter.unet, self.latents, 100, self.condition, self.condition.hidden_BTC, None)
-        self._heat_maps(kept)
+        return self._heat_maps(kept)
 
-    def _heat_maps(self, kept: list[torch.Tensor]) -> None:
-        """A map of each word from all that was kept, token by token."""
+    def _heat_maps(self, kept: list[torch.Tensor]) -> torch.Tensor:
+        """A map (B, W, 64, 64) of each word from all that was kept, token by token."""
+        found = []
         for row in range(self.batch):
             for word in range(self.tokens_BTW.shape[2]):
                 maps = []
@@ -238,7 +242,8 @@ class Bench:
                         side = int(probs_BHNT.shape[2] ** 0.5)
                         heads_HYX = probs_BHNT[row, :, :, position].float().unflatten(-1, (side, side))
                         maps.append(F.interpolate(heads_HYX[None], size=(64, 64), mode="bicubic").clamp_min(0)[0])
-                torch.stack([m.mean(0) for m in maps]).mean(0)
+                found.append(torch.stack([m.mean(0) for m in maps]).mean(0))
+        return torch.stack(found).unflatten(0, (self.batch, -1))
 
 
 def in_turns(runs: dict[str, Callable[[], None]], repeat: int) -> dict[str, float]:
@@ -282,7 +287,7 @@ def peak_above_weights(arm: str, args: argparse.Namespace) -> int:
 def memory(args: argparse.Namespace) -> dict[str, int]:
     """Bytes above the weights of each arm."""
     found = {}
-    for arm in MEASURED:
+    for arm in args.memory_arms.split(","):
         command = [sys.executable, "-m", "benchmarks.teacher", "--memory-of", arm, "--shapes", args.shapes,
                    "--batch", str(args.batch), "--threads", str(args.threads), "--dtype", args.dtype,
                    "--device", args.device]  # fmt: skip
@@ -348,6 +353,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--peak-tflops", type=float, default=0.0, help="of the GPU in this precision")
     parser.add_argument("--json", type=Path)
+    parser.add_argument(
+        "--memory-arms", default=",".join(MEASURED), help="arms whose memory is measured, bare and capture among them"
+    )
     parser.add_argument("--memory-of", choices=ARMS, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
@@ -355,6 +363,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(peak_above_weights(args.memory_of, args))
         return 0
     memory_of = memory(args)
+    print("  ".join(f"{arm} {value / 1e6:.0f} MB above the weights" for arm, value in memory_of.items()), flush=True)
     bench = Bench(args)
     seconds = in_turns({arm: lambda arm=arm: bench.run(arm) for arm in WHOLE}, args.repeat)
     bench.record()
@@ -362,10 +371,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for arm in ARMS:
         time_of = f"{seconds[arm]:8.3f} s" if arm in seconds else f"{'':10}"
         alone = f"  {layers[arm]:7.3f} s its cross-attention alone" if arm in layers else ""
-        above = f"  {memory_of[arm] / 1e6:.0f} MB above the weights" if arm in memory_of else ""
-        print(f"{arm:<8} {time_of}{alone}{above}", flush=True)
+        print(f"{arm:<8} {time_of}{alone}", flush=True)
     images = max(args.images, args.batch)
-    whole = stage(bench, images, args.repeat)
+    whole = stage(bench, images, max(1, args.repeat - 1))
     print("  ".join(f"{name} {value:.3f} s" for name, value in whole.items()), flush=True)
     bare_parts = sum(value for name, value in whole.items() if name != "stage")
     overheads = {arm: layers[arm] - layers["bare"] for arm in ("capture", "store")}
@@ -378,11 +386,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "capture_time_ratio": seconds["capture"] / seconds["bare"],
         "capture_memory_ratio": memory_of["capture"] / memory_of["bare"],
         "refine_time_ratio": seconds["refine"] / seconds["bare"],
-        "refine_memory_ratio": memory_of["refine"] / memory_of["bare"],
         "capture_overhead_share": overheads["capture"] / seconds["bare"],
         "store_all_overhead_share": overheads["store"] / seconds["bare"],
         "store_all_overhead_ratio": overheads["store"] / max(overheads["capture"], 1e-9),
-        "store_all_memory_ratio": memory_of["store"] / memory_of["bare"],
         "early_exit_ratio": seconds["early"] / seconds["full"],
         "stage_vs_parts": bare_parts / whole["stage"],
         "images_per_second": images / whole["stage"],
@@ -390,6 +396,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "null_text_nfe": TeacherConfig(name="n", path="", inversion="null-text", timesteps=[]).forwards,
         "hours_for_130000": 130_000 * whole["stage"] / images / 3600,
     }
+    for arm, name in (("refine", "refine_memory_ratio"), ("store", "store_all_memory_ratio")):
+        if arm in memory_of:
+            result[name] = memory_of[arm] / memory_of["bare"]
     if args.peak_tflops:
         result["peak_share"] = tera_operations(bench) / seconds["bare"] / args.peak_tflops
     result = {name: round(value, 4) if isinstance(value, float) else value for name, value in result.items()}

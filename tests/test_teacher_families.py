@@ -376,13 +376,16 @@ def test_a_change_in_a_bucketed_image_moves_the_map_there(saved):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("name", ["sd1", "sd3"])
+@pytest.mark.parametrize("name", ["sd1", "sd2", "sdxl", "sd3", "flux"])
 def test_the_capture_goes_through_the_compiler(saved, name, monkeypatch):
     own = torch.compile
     monkeypatch.setattr(torch, "compile", lambda model: own(model, backend="aot_eager", dynamic=False))
-    side = 16 if name == "sd3" else 32
+    side = 32 if name in ("sd1", "sd2") else 16
+    options = {"image_size": 16} if name == "flux" else {}
     maps = [
-        load_teacher(config(saved(name), compile=compiled), "cpu").extract([picture(0, (side, side))], [text()], [1])[0]
+        load_teacher(config(saved(name), compile=compiled, **options), "cpu").extract(
+            [picture(0, (side, side))], [text()], [1]
+        )[0]
         for compiled in (False, True)
     ]
     np.testing.assert_allclose(maps[0].maps, maps[1].maps, atol=1e-5)
