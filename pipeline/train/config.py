@@ -58,6 +58,7 @@ class TrainConfig:
             count it, and stop after ten in a row.
         hang_timeout: seconds after which a step that has not ended shows where every thread is; 0 never.
         checkpoint_every: steps between checkpoints to resume from; the last ``keep_checkpoints`` are kept.
+        trackers: what shows the numbers besides `metrics.jsonl`: some of `tensorboard`, `wandb` and `trackio`.
         window: shards that are shuffled together; 0 takes all.
         workers: processes or threads that prepare batches; 0 prepares them in the loop.
         max_steps_per_call: stop after so many steps and leave a checkpoint (0: run to the end); for preemptible jobs.
@@ -96,6 +97,7 @@ class TrainConfig:
     checkpoint_every: int = 500
     keep_checkpoints: int = 2
     log_every: int = 10
+    trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
     window: int = 4
     workers: int = 1
     max_steps_per_call: int = 0

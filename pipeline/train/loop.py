@@ -13,6 +13,7 @@ from pipeline.align.loss import varies
 from pipeline.align.schedule import factor, language_factor
 from pipeline.student.batch import IGNORED
 from pipeline.train.clock import Clock
+from pipeline.train.flops import Throughput
 from pipeline.train.guards import Finite, HangWatch
 from pipeline.train.metrics import Running, note
 from pipeline.train.trainable import Unfreezing
@@ -62,6 +63,7 @@ def train_loop(
     clock, trackers = Clock(device), trackers or {}
     finite = Finite(cfg.on_nonfinite == "skip", **trackers.get("finite", {}))
     running = Running(**trackers.get("running", {}))
+    speed = Throughput(accelerator.unwrap_model(tuned).student, device, ranks)
     unfreezing = Unfreezing(tuned.named_parameters(), cfg.unfreeze)
     with HangWatch(cfg.hang_timeout) as watch:
         for step, share in enumerate(clock.waiting(batches.stream(start, stop, cfg.workers)), start):
@@ -91,6 +93,7 @@ def train_loop(
                     with clock.part("backward"):
                         accelerator.backward(loss)
                 sums[:2] += torch.stack([ce.detach(), aligned.detach()])
+                speed.add(batch)
 
             unfreezing.drop(step)
 
@@ -112,8 +115,9 @@ def train_loop(
             if done % cfg.log_every == 0 or done == steps:
                 rate = optimizer.param_groups[0]["lr"]
                 line = running.line(done, language, weight, rate, float(norm), finite.skipped, clock.take())
+                measured = speed.take(running.seconds())
                 if accelerator.is_main_process and line:
-                    metrics.add(line)
+                    metrics.add(line | {"words_per_example": line["words"] / cfg.batch_size} | measured)
                 progress.advance(running.take(), note=note(line))
             if done % cfg.checkpoint_every == 0 or done == stop or ending:
                 save(done, {"running": running.state(), "finite": finite.state()})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from pipeline import receipts
@@ -15,13 +15,15 @@ FILE = "metrics.jsonl"
 class Metrics:
     """Appends to ``metrics.jsonl``; a resumed run first drops the lines after its checkpoint, which it will repeat."""
 
-    def __init__(self, run: Path, step: int):
-        self.path = run / FILE
+    def __init__(self, run: Path, step: int, also: Callable[[dict], None] = lambda line: None):
+        self.path, self.also = run / FILE, also
         kept = [line for line in read(run) if line["step"] <= step]
         # By rename: a kill in the middle must not take the lines that no one writes again.
         receipts.write_file(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())
 
     def add(self, line: dict) -> None:
+        """One line, for the file and for whatever else shows it."""
+        self.also(line)
         with self.path.open("a", encoding="utf-8") as out:
             out.write(json.dumps(line) + "\n")
 
@@ -82,7 +84,7 @@ class Running:
             return None
         ce, aligned, tokens, words, skipped = (sum(column) / len(self.rows) for column in zip(*self.rows, strict=True))
         steps = self._made()
-        seconds = (time.monotonic() - self.since) / steps
+        seconds = self.seconds() / steps
         return {
             "step": step,
             "loss": language * ce + weight * aligned,
@@ -98,6 +100,10 @@ class Running:
             "seconds_per_step": round(seconds, 4),
             "seconds": {name: round(value / steps, 5) for name, value in parts.items()},
         }
+
+    def seconds(self) -> float:
+        """Seconds since the last line."""
+        return time.monotonic() - self.since
 
     def take(self) -> int:
         """Steps made since the last call; begins anew."""

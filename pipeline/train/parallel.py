@@ -9,16 +9,19 @@ import torch
 from torch import nn
 
 from pipeline.errors import UserError
+from pipeline.train import trackers
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from accelerate import Accelerator
 
     from pipeline.train.config import TrainConfig
     from pipeline.train.tuned import Tuned
 
 
-def accelerator(cfg: TrainConfig) -> Accelerator:
-    """The accelerator for these settings and this process.
+def accelerator(cfg: TrainConfig, run: Path) -> Accelerator:
+    """The accelerator for these settings and this process; its trackers write below ``run``.
 
     With FSDP2: parameters and what is sent in bf16 where the compute is, gradients added up in float32, and outputs
     left as they are: accelerate's own ``bf16`` would also add gradients and give losses in bf16.
@@ -46,6 +49,8 @@ def accelerator(cfg: TrainConfig) -> Accelerator:
             activation_checkpointing=False,  # its way gives wrong gradients with dropout; the model does its own
         )
     made = Accelerator(
+        log_with=trackers.check(cfg.trackers) or None,
+        project_dir=run / "trackers",
         cpu=processes() > 1 and not torch.cuda.is_available(),  # else processes without GPUs would not know each other
         mixed_precision=cfg.precision,
         dataloader_config=DataLoaderConfiguration(),

@@ -60,7 +60,7 @@ def _train(cfg: Config, run: Path, archive: Archive, steps: int, label: str) -> 
     from pipeline.progress import Progress
     from pipeline.student.capture import AttentionTap
     from pipeline.student.load import load_student
-    from pipeline.train import card, guards, parallel
+    from pipeline.train import card, guards, parallel, trackers
     from pipeline.train.checkpoint import Checkpoints
     from pipeline.train.data import Batches
     from pipeline.train.export import export
@@ -73,7 +73,7 @@ def _train(cfg: Config, run: Path, archive: Archive, steps: int, label: str) -> 
 
     started = time.monotonic()
     torch.manual_seed(cfg.seed)
-    accelerator = parallel.accelerator(cfg.train)
+    accelerator = parallel.accelerator(cfg.train, run)
     student = load_student(cfg.model, cfg.align, quantization(cfg.train.quantize, cfg.train.method))
     model = trainable(student.model, cfg.train)
     tap = AttentionTap(model, student.family)
@@ -115,6 +115,11 @@ def _train(cfg: Config, run: Path, archive: Archive, steps: int, label: str) -> 
         max_failed=cfg.data.max_failed,
     )
 
+    trackers.start(accelerator, cfg, label, start)
+
+    def show(line: dict) -> None:
+        accelerator.log(trackers.flat(line), step=line["step"])
+
     quiet = None if accelerator.is_main_process else io.StringIO()
     bar = Progress(label, total=steps, unit="steps", done=start, stream=quiet)
     with bar as progress, Preemption() as preemption, guards.memory(cfg.train):
@@ -129,13 +134,15 @@ def _train(cfg: Config, run: Path, archive: Archive, steps: int, label: str) -> 
             cfg.seed,
             steps,
             start,
-            Metrics(run, start) if accelerator.is_main_process else None,
+            Metrics(run, start, show) if accelerator.is_main_process else None,
             progress,
             checkpoints.save,
             trackers=position.trackers,
             asked=lambda: preemption.asked,
         )
         checkpoints.close()
+    for tracker in accelerator.trackers:  # not accelerator.end_training, which would end the processes' group as well
+        tracker.finish()
     if done < steps:
         if accelerator.is_main_process:
             asked = done == start + cfg.train.max_steps_per_call  # else any process got the signal

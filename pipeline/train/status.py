@@ -25,6 +25,7 @@ RUNTIME = (
     "parallel",
     "cpu_offload",
     "launch",
+    "trackers",
     "processes",
     "nodes",
 )

@@ -1,0 +1,59 @@
+"""Where the numbers of a run are shown besides `metrics.jsonl`: TensorBoard, Weights & Biases, Trackio."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+from pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from pipeline.config import Config
+
+# Tracker -> the package it is in.
+KNOWN = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}
+
+
+def check(names: Sequence[str]) -> list[str]:
+    """The trackers, which are known and installed.
+
+    Raises:
+        UserError: one is not.
+    """
+    for name in names:
+        if name not in KNOWN:
+            raise UserError(f"unknown train.trackers '{name}': choose some of {', '.join(KNOWN)}")
+        if find_spec(KNOWN[name]) is None:
+            raise UserError(f"train.trackers={name} needs its package: pip install {KNOWN[name]}")
+    return list(names)
+
+
+def start(accelerator: Accelerator, cfg: Config, label: str, step: int) -> None:
+    """Opens the trackers that the accelerator was made with; call it on all processes.
+
+    Args:
+        label: names the run.
+        step: where it goes on; what TensorBoard showed after it is taken back, for the run repeats it.
+    """
+    own = {
+        "tensorboard": {"purge_step": step + 1},
+        "wandb": {"name": label, "resume": "allow", "config": asdict(cfg.train)},
+        "trackio": {"name": label, "config": asdict(cfg.train)},
+    }
+    wanted = {name: own[name] for name in cfg.train.trackers}
+    accelerator.init_trackers(f"{cfg.model.name}-{cfg.data.name}", init_kwargs=wanted)
+
+
+def flat(line: dict) -> dict[str, float]:
+    """A line of metrics as one level of numbers: ``seconds/forward`` and the like."""
+    made = {}
+    for name, value in line.items():
+        if isinstance(value, dict):
+            made |= {f"{name}/{part}": number for part, number in value.items()}
+        elif name != "step":
+            made[name] = value
+    return made
