@@ -192,6 +192,26 @@ def test_changing_the_export_of_a_finished_run_trains_nothing_again(root, lora, 
     assert (status.run_dir(cfg) / "model" / "config.json").is_file()
 
 
+@pytest.fixture
+def fresh_accelerator():
+    """accelerate holds one precision per process."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_weights_trained_in_float32_are_exported_in_the_models_own_precision(root, fresh_accelerator):
+    cfg = settings(root, "arm=sft", f"runs_dir={root}/half", "model.dtype=bfloat16", "train.precision=bf16")
+    train(cfg)
+    run = status.run_dir(cfg)
+    stored = load_file(run / "model" / "model.safetensors")
+    assert {t.dtype for t in stored.values() if t.is_floating_point()} == {torch.bfloat16}
+    counts = receipts.load(run / status.RECEIPT).counts
+    assert counts["reloaded_difference"] <= counts["tolerance"]
+
+
 def test_an_export_that_computes_something_else_is_no_success(root, monkeypatch):
     from pipeline.student.load import load_student
 

@@ -81,7 +81,10 @@ def export(
     rounds = not lora and any(p.is_floating_point() and p.dtype != dtype for p in student.parameters())
     student.eval()
     # All this before anything is written: under FSDP2 every process takes part.
-    with _whole(tuned):
+    device = next(student.parameters()).device
+    # Trained weights in float32 beside others in half precision only fit together under autocast, as in training.
+    mixed = torch.autocast(device.type, dtype, enabled=rounds and dtype != torch.float32)
+    with _whole(tuned), mixed:
         trained = _logits(student, batch)
     state = _gathered(student, only_trained=lora, dtype=dtype if rounds else None)
     aligner = _gathered(tuned.align) or tuned.align.state_dict()
@@ -100,7 +103,6 @@ def export(
     processor.save_pretrained(folder)
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in aligner.items()}, run / ALIGNER)
 
-    device = next(student.parameters()).device
     again = _near(reload(folder).eval(), device)
     moved = next(again.parameters()).device.type != device.type
     sharded = any(hasattr(p, "full_tensor") for p in student.parameters())  # computes in a precision of its own
