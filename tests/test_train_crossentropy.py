@@ -110,3 +110,15 @@ def test_a_model_that_treats_its_logits_in_an_unknown_way_falls_back_and_says_so
     assert "held at once" not in capsys.readouterr().out
     assert language(student.model, student, batch, 4096)[0] == plain
     assert "what it does with its logits is not known" in capsys.readouterr().out
+
+
+def test_a_batch_without_labels_gives_zero_and_gradients_of_zero(tmp_path):
+    """What a process is given to keep up with others: the same layers run, and nothing is learnt."""
+    for kind in ("mllama", "qwen2_5_vl"):
+        student = load_student(build_student(kind, tmp_path / kind))
+        batch = batch_of(student)
+        batch.labels.fill_(IGNORED)
+        ce, gradients, _ = language(student.model, student, batch, 1 << 30)
+        assert ce == 0
+        assert len(gradients) > 10
+        assert not any(grad.any() for grad in gradients.values())
