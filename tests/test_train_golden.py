@@ -85,6 +85,7 @@ def test_two_processes_compute_the_same_run(root, reference):  # noqa: F811
     same_run(cfg, reference)
 
 
+@pytest.mark.full
 def test_two_processes_with_sharded_weights_compute_the_same_run(root, reference):  # noqa: F811
     script = str(Path(__file__).parent / "fsdp_on_cpu.py")
     cfg, out = ranks(root, "fsdp", [script], "train.micro_batch=1", "train.parallel=fsdp", "train.logits_mb=1")
