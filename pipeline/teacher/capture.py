@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from pipeline.teacher.config import MAP_SIDE
 
 TINY = 1e-12
-SCORES = 1 << 24  # most attention scores held at once (64 MiB in float32); more heads than that go one after another
+SCORES = 1 << 20  # most attention scores of a window held at once (4 MiB in float32); more heads go one after another
 
 
 @dataclass(frozen=True)
@@ -114,8 +114,8 @@ def _accumulate(sums: dict[int, torch.Tensor], layer: Layer, values: torch.Tenso
 
 def head_mean(q_BHND: torch.Tensor, k_BHTD: torch.Tensor, scale: float) -> torch.Tensor:
     """softmax(QK^T) in float32, averaged over the heads: (B, N, T). Heads are taken a few at a time."""
-    batch, heads, cells, _ = q_BHND.shape
-    together = max(1, min(heads, SCORES // (batch * cells * k_BHTD.shape[2])))
+    _, heads, cells, _ = q_BHND.shape
+    together = max(1, min(heads, SCORES // (cells * k_BHTD.shape[2])))
     out = None
     for first in range(0, heads, together):
         q, k = q_BHND[:, first : first + together].float(), k_BHTD[:, first : first + together].float()
