@@ -61,6 +61,13 @@ def stage(module: str, function: str, doc: str | None, argv: Sequence[str] | Non
     return guarded(body)
 
 
+def lowered(argv: Sequence[str]) -> list[str]:
+    """The words of a command with the names that make takes (``DATA=``, ``MODEL=``, ...) written as settings."""
+    names = ("DATA", "TEACHER", "MODEL", "ARM", "SEED")
+    parts = (word.partition("=") for word in argv)
+    return [(name.lower() if name in names else name) + sign + value for name, sign, value in parts]
+
+
 def follow_parent() -> None:
     """Ends this process when its parent is gone.
 

@@ -1,15 +1,15 @@
 """Reads one example of the archive; prints what a student learns of it and writes a picture of where it looks.
 
-python -m stages.inspect [index=0] [split=train] [data=... model=... model.path=...]
+python -m stages.inspect [index=0] [split=train] [data=... model=... model.path=...], or DATA=... MODEL=... as for make
 """
 
 import sys
 
-from stages.cli import guarded, usage
+from stages.cli import guarded, lowered, usage
 
 
 def main() -> int:
-    given = sys.argv[1:]
+    given = lowered(sys.argv[1:])
     if {"-h", "--help"} & set(given):
         print(usage(__doc__))
         return 0

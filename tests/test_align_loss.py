@@ -31,6 +31,24 @@ def test_aligner_shapes_are_the_papers():
     assert Aligner(4, "deep")(torch.rand(5, 4, 32, 32)).shape == (5, 32, 32)
 
 
+@pytest.mark.parametrize(("size", "normed"), [("light", (0, 1)), ("sim", (0, 1, 2)), ("deep", (0, 1, 4))])
+def test_aligner_is_its_convolutions_one_by_one(size, normed):
+    """Instance norm where the released code has it (not after the third and fourth of five), ReLU6 after each."""
+    torch.manual_seed(5)
+    aligner = Aligner(6, size, hidden=5)
+    *wide, last = (m for m in aligner.modules() if isinstance(m, torch.nn.Conv2d))
+    maps = torch.rand(4, 6, 9, 9)
+    expected = maps
+    for place, convolution in enumerate(wide):
+        expected = F.conv2d(expected, convolution.weight, padding=1)
+        if place in normed:
+            mean, var = expected.mean((2, 3), keepdim=True), expected.var((2, 3), keepdim=True, correction=0)
+            expected = (expected - mean) / (var + 1e-5).sqrt()
+        expected = expected.clamp(0, 6)
+    expected = (expected * last.weight.view(1, -1, 1, 1)).sum(1) + last.bias
+    torch.testing.assert_close(aligner(maps), expected, atol=1e-5, rtol=1e-4)
+
+
 class FakeTap:
     """What the loss needs of a tap, with given probabilities."""
 

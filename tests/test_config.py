@@ -52,6 +52,7 @@ def test_defaults_are_the_embedded_world():
         ("train.steps.deeper=1", ["train.steps"]),
         ("engine=scheduler", ["engine.address"]),
         ("engine.kind=magic", ["magic", "threads"]),
+        ("model.attention=flash_attention_2", ["model.attention 'flash_attention_2'", "sdpa, eager"]),
         ("engine.workers=-1", ["engine.workers"]),
         ("train.method=none", ["train.method", "lora"]),
     ],

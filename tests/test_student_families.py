@@ -142,6 +142,18 @@ def test_tap_changes_no_logits_and_rows_equal_eager(student, examples, train):
     assert float(maps.std((3, 4)).mean()) > 0.01
 
 
+def test_logits_of_chosen_positions_are_those_of_all(student, examples):
+    """The training step asks for logits where something is learnt, whatever the model's forward knows of that."""
+    batch = student.family.encode(examples)
+    length = batch.labels.shape[1]
+    with torch.no_grad():
+        whole = student.model(**batch.inputs).logits
+        for kept, places in ((torch.tensor([2, 5, length - 3]), [2, 5, length - 3]), (2, slice(-2, None))):
+            some = student.model(**batch.inputs, logits_to_keep=kept).logits
+            torch.testing.assert_close(some, whole[:, places], atol=1e-5, rtol=1e-4)
+        assert student.model(**batch.inputs).logits.shape == whole.shape
+
+
 def test_gradients_equal_those_of_eager_attention(student, examples):
     batch = student.family.encode(examples[:2])
     found = []

@@ -276,6 +276,22 @@ def test_choice_of_words_and_layers(tiled):
         AttentionTap(tiled.model, family)
 
 
+def test_last_layers_and_roles(tiled):
+    """Question words are aligned only where `align.roles` names the user; `last_layers` takes the last that look."""
+    one = example("Is there a circle?", "a red square")
+    for roles, words in ((None, ["red", "square"]), (["user", "assistant"], ["circle", "red", "square"])):
+        align = AlignConfig(**({"roles": roles} if roles else {}))
+        family = type(tiled.family)(tiled.processor, align=align)
+        family.prepare(tiled.model)
+        assert [one.word_text(word) for word in family.encode_one(one).words] == words
+    family.layer_choice, every = (), list(family.layers(tiled.model))
+    assert len(every) > 1
+    family.last_layers = 1
+    assert list(family.layers(tiled.model)) == every[-1:]
+    family.layer_choice, family.last_layers = tuple(every), 1
+    assert list(family.layers(tiled.model)) == every[-1:]
+
+
 def test_fractional_extent_of_the_real_model(tiled):
     """A 746-pixel-wide fit in a canvas of two 560-pixel tiles covers 53.29 of 80 patch columns."""
     family = tiled.family

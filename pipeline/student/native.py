@@ -4,6 +4,7 @@ They differ in how an image becomes tokens (see `layouts`) and share the rest: t
 tapped, and the columns of the image tokens are read.
 """
 
+import inspect
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -95,6 +96,9 @@ class Native(Family):
         self.layout = LAYOUTS[kind](model.config, self.processor.image_processor, self.tokenizer)
         blank = self._joined([self.layout(_blank()).tensors])
         inner = _inner(model)
+        if "logits_to_keep" not in inspect.signature(model.forward).parameters:
+            model.register_forward_pre_hook(partial(_note_logits_to_keep, inner), with_kwargs=True)
+            inner.register_forward_hook(_keep_logits)
         if not self.layout.packs:
             inner.register_forward_pre_hook(_refuse_packed, with_kwargs=True)
         inner.register_forward_pre_hook(partial(_run_blank, blank), with_kwargs=True)
@@ -165,6 +169,20 @@ def _blank() -> "Image":
     from PIL import Image
 
     return Image.new("RGB", (64, 64))
+
+
+def _note_logits_to_keep(inner: nn.Module, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Gives a model that lacks it the ``logits_to_keep`` of the others: positions that get logits, or how many last."""
+    if "logits_to_keep" in kwargs:
+        kept = kwargs.pop("logits_to_keep")
+        inner.lavender_kept = slice(-kept, None) if isinstance(kept, int) else kept  # 0 keeps all
+    return args, kwargs
+
+
+def _keep_logits(inner: nn.Module, args: tuple, output):
+    kept = inner.__dict__.pop("lavender_kept", slice(None))
+    output.last_hidden_state = output.last_hidden_state[:, kept]
+    return output
 
 
 def _refuse_packed(module: nn.Module, args: tuple, kwargs: dict) -> None:
