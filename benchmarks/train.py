@@ -125,8 +125,8 @@ class Run:
         from pipeline.student.capture import AttentionTap
         from pipeline.student.load import load_student
         from pipeline.train.data import Batches
-        from pipeline.train.stage import _trainable
         from pipeline.train.targets import open_targets
+        from pipeline.train.trainable import groups, trainable
         from pipeline.train.tuned import Tuned
 
         self.cfg = compose([*WORLD, f"shards_dir={folder}/shards", f"runs_dir={folder}/runs", *overrides])
@@ -135,17 +135,10 @@ class Run:
         self.accelerator = Accelerator(mixed_precision=cfg.train.precision, cpu=device == "cpu")
         with torch.device(device):
             student = load_student(cfg.model, cfg.align)
-        model = _trainable(student, cfg)
+        model = trainable(student.model, cfg.train)
         tap = AttentionTap(model, student.family)
         tuned = Tuned(model, AlignmentLoss.for_tap(tap, cfg.align), tap, cfg.train.logits_mb << 20)
-        named = [(name, p) for name, p in tuned.named_parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(
-            [
-                {"params": [p for n, p in named if n.startswith("student.")], "lr": cfg.train.lr},
-                {"params": [p for n, p in named if n.startswith("align.")], "lr": cfg.train.aligner_lr},
-            ],
-            fused=True,
-        )
+        optimizer = torch.optim.AdamW(groups(tuned.named_parameters(), cfg.train), fused=True)
         self.tuned, self.optimizer = self.accelerator.prepare(tuned, optimizer)
         archive = Archive(Layout(cfg).examples_dir("train"))
         self.batches = Batches(
@@ -184,7 +177,7 @@ class Run:
             self.step,
             self.metrics,
             self.progress,
-            lambda step: None,
+            lambda step, trackers: None,
         )
         self._wait()
         return time.perf_counter() - begun

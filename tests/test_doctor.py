@@ -19,7 +19,7 @@ from pipeline.examples import Example, Turn
 from pipeline.student.batch import StudentBatch
 from pipeline.student.capture import AttentionTap
 from pipeline.student.load import load_student
-from pipeline.train.stage import _trainable
+from pipeline.train.trainable import trainable
 from pipeline.train.tuned import Tuned
 
 FULL = ("train.method=full", "train.lr=1e-5")
@@ -46,7 +46,7 @@ def really_taken(cfg: Config, accumulates: bool) -> dict[str, int]:
     """Bytes of the tensors of a real step: counted one by one, and the activations as they come and go."""
     torch.manual_seed(0)
     student = load_student(cfg.model, cfg.align)
-    model = _trainable(student, cfg)
+    model = trainable(student.model, cfg.train)
     tap = AttentionTap(model, student.family)
     tuned = Tuned(model, AlignmentLoss.for_tap(tap, cfg.align), tap, cfg.train.logits_mb << 20).train()
     weights = {

@@ -56,14 +56,14 @@ def build(cfg: Config) -> tuple[Student, Tuned]:
     from pipeline.student.capture import AttentionTap
     from pipeline.student.load import skeleton
     from pipeline.student.untrained import directory
-    from pipeline.train.stage import _trainable
+    from pipeline.train.trainable import trainable
     from pipeline.train.tuned import Tuned
 
     if cfg.model.weights == "random":
         directory(cfg.model)  # made, if it is not there, while numbers are still real
     with WeightsOnMeta():
         student = skeleton(cfg.model, cfg.align)
-        model = _trainable(student, cfg)
+        model = trainable(student.model, cfg.train)
         tap = AttentionTap(model, student.family)
         tuned = Tuned(model, AlignmentLoss.for_tap(tap, cfg.align), tap, cfg.train.logits_mb << 20)
     return student, tuned.train()
@@ -87,10 +87,12 @@ def estimate(tuned: Tuned, batch: StudentBatch, *, bf16: bool, accumulates: bool
         accumulates: a step has several micro-batches, so that gradients are there while the next forward runs.
         ranks: GPUs that weights, gradients and optimizer state are sharded over.
     """
+    from pipeline.train.parallel import blocks
+
     weights, gradients, optimizer = size_of(tuned)
     gathered = 0
     if ranks > 1:
-        gathered = 2 * max((sum(map(_bytes, layer.parameters())) for layer in _layers(tuned)), default=0)
+        gathered = 2 * max((sum(map(_bytes, layer.parameters())) for layer in blocks(tuned.student)), default=0)
     # Found from the model's numbers in a real run; whatever it is, it takes no memory of its own.
     tuned._tail = _same
     with simulated() as live:
@@ -145,11 +147,6 @@ class Flops(TorchDispatchMode):
             query, key, value = (tensor.shape for tensor in args[1:4])
             self.total += sdpa_flop_count(query, key, value) * 5 // 2  # as the registry has it for the GPU's kernels
         return out
-
-
-def _layers(module: nn.Module) -> list[nn.Module]:
-    names = set(module._no_split_modules or ())
-    return [part for part in module.modules() if type(part).__name__ in names]
 
 
 def _same(logits: torch.Tensor) -> torch.Tensor:

@@ -246,8 +246,11 @@ def _longest(cfg: Config, student: Student, items: list[Item]) -> StudentBatch:
 def _memory(cfg: Config, tuned: Tuned, batch: StudentBatch, machine: Hardware, report: Report) -> Memory:
     from pipeline.doctor.memory import estimate
 
+    sharded = cfg.train.parallel == "fsdp" or (cfg.train.parallel == "auto" and machine.name != "CPU")
     accumulates = cfg.train.batch_size > cfg.train.micro_batch * machine.count
-    memory = estimate(tuned, batch, bf16=cfg.train.precision == "bf16", accumulates=accumulates, ranks=machine.count)
+    memory = estimate(
+        tuned, batch, bf16=cfg.train.precision == "bf16", accumulates=accumulates, ranks=machine.count if sharded else 1
+    )
     parts = {
         "weights": memory.weights,
         "gradients": memory.gradients,
