@@ -1,10 +1,13 @@
 """The eval and report stages on a small world with real, untrained students."""
 
 import json
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
-from evaluate_world import settings, world  # noqa: F401 (a fixture)
+from evaluate_world import overrides, settings, world  # noqa: F401 (a fixture)
 from safetensors.torch import load_file, save_file
 
 from pipeline import receipts
@@ -98,6 +101,38 @@ def test_interrupted_run_goes_on(evaluated, monkeypatch):
     assert sum(resumed) == len(before) - 16
     assert rows(folder(cfg, name) / "per_sample.jsonl") == before
     assert not list(folder(cfg, name).glob("*.part"))
+
+
+def test_two_ranks_answer_as_one_process_does(root, evaluated, tmp_path):
+    """Under torchrun each process does every second batch; the results are the same to the byte."""
+    for name in ("sft-1", "lavender-1"):
+        shutil.copytree(Layout(evaluated).run_dir(*name.split("-")), tmp_path / "tiny" / "world" / name)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    more = (f"runs_dir={tmp_path}", "eval.point_batch=8", "eval.device=cpu")
+    one = settings(root, f"runs_dir={tmp_path}/one", *more[1:], "eval.arms=[base]")
+    done = subprocess.run(
+        [*launch, "-m", "stages.eval", *overrides(root, *more)], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("test accuracy") == 1
+    stage.evaluate(one)
+    for name, other in (("base", one), ("sft-1", evaluated), ("lavender-1", evaluated)):
+        found, expected = tmp_path / "tiny" / "world" / "eval" / name, folder(other, name)
+        assert (found / "per_sample.jsonl").read_bytes() == (expected / "per_sample.jsonl").read_bytes()
+        assert not list(found.glob("*.part"))
+    for file in ("pointing.jsonl", "maps.npz"):
+        found, expected = tmp_path / "tiny" / "world" / "eval" / "base" / file, folder(one, "base") / file
+        assert found.read_bytes() == expected.read_bytes()
+
+
+def test_shares_of_one_machine(root, evaluated, tmp_path):
+    """More workers than arms: the questions of an arm are shared out over processes."""
+    cfg = settings(root, f"runs_dir={tmp_path}", "eval.arms=[base]", "eval.workers=3")
+    stage.evaluate(cfg)
+    assert (folder(cfg, "base") / "per_sample.jsonl").read_bytes() == (
+        folder(evaluated, "base") / "per_sample.jsonl"
+    ).read_bytes()
+    assert rows(folder(cfg, "base") / "pointing.jsonl") == rows(folder(evaluated, "base") / "pointing.jsonl")
 
 
 def test_other_settings_are_refused(root, evaluated):
