@@ -2,9 +2,11 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 from conftest import SMALL
+from PIL import Image
 from safetensors.torch import load_file
 
 from pipeline.config import choices, compose
@@ -27,6 +29,17 @@ def test_every_model_has_settings_of_training_and_these_a_model():
         assert compose([f"model={model_of(train)}", f"train={train}"]).train.name == train
 
 
+def single_questions(folder: Path) -> tuple[str, ...]:
+    """Eight pictures with a question each, and the settings that read them."""
+    records = []
+    for number in range(8):
+        Image.new("RGB", (60, 40), (30 * number, 80, 160)).save(folder / f"{number}.png")
+        turns = [{"from": "human", "value": "<image>\nWhat colour is it?"}, {"from": "gpt", "value": "a dull blue"}]
+        records.append({"id": str(number), "image": f"{number}.png", "conversations": turns})
+    (folder / "train.json").write_text(json.dumps(records))
+    return ("data=llava_json", "data.path=train.json", f"shards_dir={folder}/shards")
+
+
 @pytest.mark.parametrize(
     "train",
     [t if t in QUICK else pytest.param(t, marks=pytest.mark.full) for t in choices("train") if t != "default"],
@@ -37,9 +50,20 @@ def test_settings_run_on_a_tiny_model(train, small_world, command, monkeypatch, 
     few = ("train.steps=3", "train.epochs=0", "train.batch_size=4", "train.checkpoint_every=2", "train.log_every=1")
     # The oracle aligns without maps of a teacher, so that nothing but the student's side is in play.
     chosen = (f"model={model}", f"train={train}", *RANDOM, "arm=oracle")
-    done = command("train", *SMALL, *chosen, *few, f"runs_dir={tmp_path}", cwd=small_world)
+    if compose([f"train={train}"]).train.method == "full":
+        # Rounded to half precision, the sharp attention of untrained weights moves by more than an export may.
+        chosen += ("model.dtype=float32",)
+    data = SMALL
+    if model == "paligemma-3b":  # takes one question, and the world has conversations
+        data = single_questions(tmp_path)
+        made = command("shard", *data, cwd=tmp_path)
+        assert made.returncode == 0, made.stderr
+        chosen += ("arm=centre",)
+    done = command(
+        "train", *data, *chosen, *few, f"runs_dir={tmp_path}", cwd=tmp_path if data != SMALL else small_world
+    )
     assert done.returncode == 0, done.stderr[-2000:]
-    run = tmp_path / f"{model}-random-tiny" / "world" / "oracle-1"
+    run = next((tmp_path / f"{model}-random-tiny").glob("*/*-1"))
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3]
     assert all(math.isfinite(line["loss"]) and line["ce"] > 0 and line["align"] > 0 for line in lines)

@@ -1,8 +1,7 @@
-"""Running real model code without its memory: float tensors are fakes that have only shapes, integers are real.
+"""Running real model code without its memory: what depends on weights is a fake that has only a shape.
 
-Fake tensors alone stop where code looks at values (grids of tiles, masks of image tokens). Those values are integers
-and booleans that depend on the input and not on weights, so they are kept real; everything that is computed from
-weights or pixels is a fake.
+Fake tensors alone stop where code looks at values (grids of tiles, masks of image tokens, tiles that are empty). Those
+depend on the inputs and not on weights, so what is computed from inputs alone is kept real.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 import torch
 from torch import nn
@@ -23,10 +21,10 @@ _INDEX = (torch.ops.aten.index.Tensor, torch.ops.aten.index_put.default, torch.o
 
 @contextmanager
 def simulated() -> Iterator[Live]:
-    """Inside, tensors of floats are fakes; yields the count of the bytes that they would take."""
+    """Inside, what is computed from weights is a fake; yields the count of the bytes that all would take."""
     with ExitStack() as stack:
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        stack.enter_context(RealIntegers())
+        stack.enter_context(RealInputs())
         yield stack.enter_context(Live())
 
 
@@ -65,22 +63,18 @@ def materialise(module: nn.Module) -> None:
                 part._buffers[name] = fake(buffer)
 
 
-class RealIntegers(TorchDispatchMode):
-    """Under a `FakeTensorMode`: what depends on real integers and booleans alone is computed for real."""
+class RealInputs(TorchDispatchMode):
+    """Under a `FakeTensorMode`: what depends on real tensors alone is computed for real."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         fake = any(isinstance(tensor, FakeTensor) for tensor in tensors)
-        if (
-            not fake
-            and not (tensors and any(_floats(tensor) for tensor in tensors))
-            and not _makes_floats(func, kwargs)
-        ):
+        if not fake and (tensors or not _makes_floats(kwargs)):
             with _disable_current_modes():
                 out = func(*args, **kwargs)
-            # Small results of integers are real; floats made of integers are fakes from here on.
-            if not any(_floats(leaf) for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)):
+            # What is computed from inputs alone is real; floats made of nothing are fakes from here on.
+            if tensors or not any(_floats(leaf) for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)):
                 return out
         if func in _INDEX:
             args = (args[0], _numbers(args[1]), *args[2:])
@@ -91,7 +85,7 @@ def _floats(tensor: torch.Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
 
 
-def _makes_floats(func: Any, kwargs: dict) -> bool:
+def _makes_floats(kwargs: dict) -> bool:
     """Whether a factory is asked for floats; they may be as large as weights, so that they are not made at all."""
     dtype = kwargs.get("dtype")
     return dtype is not None and (dtype.is_floating_point or dtype.is_complex)

@@ -122,7 +122,9 @@ class Batches:
 
     def _nothing(self) -> StudentBatch:
         """A batch that teaches nothing: the first example that can be encoded, without labels and words."""
-        item = next(row[0] for row in map(self._row, range(len(self.archive))) if row is not None)
+        item = next((row[0] for row in map(self._row, range(len(self.archive))) if row is not None), None)
+        if item is None:
+            raise UserError(f"this student can take none of the {len(self.archive)} examples: see {self.skipped_file}")
         item = dataclasses.replace(item, labels=torch.full_like(item.labels, IGNORED), words=[], tokens=[])
         return self._collate([(item, torch.zeros(0, 32, 32), torch.zeros(0, dtype=torch.bool))])
 
