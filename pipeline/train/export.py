@@ -64,7 +64,8 @@ def export(
     """Writes ``adapter/`` or ``model/`` and ``aligner.safetensors`` into ``run``. Every process calls it.
 
     Args:
-        tuned: what was trained, not wrapped in DDP; its student is a PEFT model for LoRA.
+        tuned: what was trained, not wrapped in DDP; its student is a PEFT model for LoRA. Weights in a finer precision
+            than is saved are left rounded to it.
         processor: saved beside the weights.
         base: directory or hub id of the base, for ``adapter_config.json``.
         dtype: of the saved weights of a whole model; an adapter keeps its own.
@@ -82,11 +83,17 @@ def export(
     student.eval()
     # All this before anything is written: under FSDP2 every process takes part.
     device = next(student.parameters()).device
+    sharded = any(hasattr(p, "full_tensor") for p in student.parameters())  # computes in a precision of its own
+    state = _gathered(student, only_trained=lora, dtype=dtype if rounds else None)
+    if rounds and not sharded:
+        # The same rounding as in the file: what is left to compare is the writing and the reading.
+        for parameter in student.parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(dtype)
     # Trained weights in float32 beside others in half precision only fit together under autocast, as in training.
-    mixed = torch.autocast(device.type, dtype, enabled=rounds and dtype != torch.float32)
+    mixed = torch.autocast(device.type, dtype, enabled=rounds and sharded and dtype != torch.float32)
     with _whole(tuned), mixed:
         trained = _logits(student, batch)
-    state = _gathered(student, only_trained=lora, dtype=dtype if rounds else None)
     aligner = _gathered(tuned.align) or tuned.align.state_dict()
     if not main:
         return None
@@ -105,8 +112,7 @@ def export(
 
     again = _near(reload(folder).eval(), device)
     moved = next(again.parameters()).device.type != device.type
-    sharded = any(hasattr(p, "full_tensor") for p in student.parameters())  # computes in a precision of its own
-    if rounds or moved or sharded or (merge and lora and dtype != torch.float32):
+    if moved or sharded or (merge and lora and dtype != torch.float32):
         tolerance = ROUNDED
     else:
         tolerance = MERGED if merge and lora else SAME
