@@ -124,6 +124,7 @@ def test_outputs_become_arms(tmp_path, capsys):
     page = report(cfg).page.read_text()
     assert "87.5" in page  # ours, beside
     assert "45.1" in page  # the published
+    assert "answers 10 of 80 questions wrongly" in page  # DocVQA_VAL's have no score of their own
     outputs(tmp_path / "kit", "sft-1", lambda i: i % 2 == 0)
     with pytest.raises(UserError, match="sft-1"):
         stage.evaluate(cfg)

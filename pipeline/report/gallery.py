@@ -240,6 +240,8 @@ def mistakes(
     if not names:
         return None
     last, others = arms[names[-1]], [arms[name] for name in names[:-1]]
+    # What a harness scores only as a whole (its rows have no score of their own) is neither right nor wrong.
+    last = {uid: row for uid, row in last.items() if row.get("score", 0) is not None}
     wrong = [uid for uid, row in last.items() if not row["correct"]]
     lost = {uid for uid in wrong if any(other[uid]["correct"] for other in others if uid in other)}
     rows = []
