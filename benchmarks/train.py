@@ -177,7 +177,7 @@ class Run:
             self.step,
             self.metrics,
             self.progress,
-            lambda step, trackers: None,
+            lambda *_: None,
         )
         self._wait()
         return time.perf_counter() - begun

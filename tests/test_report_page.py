@@ -9,8 +9,8 @@ from PIL import Image
 
 from pipeline import receipts
 from pipeline.config import compose
+from pipeline.overlay import encoded, enlarge, outline, overlay
 from pipeline.report import beside, gallery, page, plots, theme
-from pipeline.report.overlay import encoded, enlarge, outline, overlay
 from pipeline.report.repeat import commands, hydra
 from pipeline.report.stage import _shown
 from pipeline.train import status

@@ -407,7 +407,7 @@ def stage_settings(root, method: str) -> list[str]:
 def test_the_train_stage_aligns_and_exports_under_the_published_names(tmp_path):
     from pipeline.archive.stage import shard
     from pipeline.config import compose
-    from pipeline.train import status
+    from pipeline.train import metrics, status
     from pipeline.train.stage import train
 
     cfg = compose([*stage_settings(tmp_path, "full"), "train=minicpm-llama3-v25-full", "train.steps=2"])
@@ -415,7 +415,7 @@ def test_the_train_stage_aligns_and_exports_under_the_published_names(tmp_path):
     train(cfg)  # exports, loads the export again and compares the logits
     run = status.run_dir(cfg)
     assert status.up_to_date(cfg)
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows = metrics.read(run)
     assert all(row["align"] > 0 and row["ce"] > 0 for row in rows)
     saved, published = load_file(run / "model" / "model.safetensors"), published_minicpm()
     assert saved.keys() == published.keys()

@@ -1,6 +1,5 @@
 """OpenFlamingo: published checkpoints in and out, the arithmetic against plain loops, and the whole train stage."""
 
-import json
 from dataclasses import replace
 
 import numpy as np
@@ -357,7 +356,9 @@ def stage_settings(root, kind: str, method: str) -> tuple[list[str], object]:
 
 
 def losses(run) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    from pipeline.train import metrics
+
+    return metrics.read(run)
 
 
 def test_the_train_stage_aligns_and_exports_under_the_published_names(tmp_path):

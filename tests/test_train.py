@@ -50,15 +50,8 @@ def settings(root: Path, *more: str) -> Config:
     )
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory) -> Path:
-    """Shards, a random student, and maps that are a fixed function of key and word."""
-    root = tmp_path_factory.mktemp("train")
-    cfg = settings(root)
-    shard(cfg)
-    archive = Archive(Layout(cfg).examples_dir("train"))
-    build_mllama(root / "student", [t.text for example in archive for t in example.turns], **SMALL)
-    folder = Layout(cfg).maps_split_dir("train")
+def maps_of(archive: Archive, folder: Path) -> None:
+    """Random maps of every word, a function of key and place."""
     folder.mkdir(parents=True)
     made = []
     for number, tar in enumerate(archive.shards):
@@ -74,6 +67,18 @@ def root(tmp_path_factory) -> Path:
         receipts.write(group.with_suffix(".json"), stage="precompute", settings={}, files=[group], counts={"n": 1})
         made.append(group.with_suffix(".json"))
     receipts.write(folder / "manifest.json", stage="precompute", settings={}, children=made)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    """Shards, a random student, and maps that are a fixed function of key and word."""
+    root = tmp_path_factory.mktemp("train")
+    cfg = settings(root)
+    shard(cfg)
+    archive = Archive(Layout(cfg).examples_dir("train"))
+    build_mllama(root / "student", [t.text for example in archive for t in example.turns], **SMALL)
+    for split in ("train", "val"):
+        maps_of(Archive(Layout(cfg).examples_dir(split)), Layout(cfg).maps_split_dir(split))
     return root
 
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from pipeline.config import choices, compose
 from pipeline.errors import UserError
 from pipeline.student.load import load_student
+from pipeline.train import metrics
 
 QUICK = ("llama32-11b", "minicpm-llama3-v25-full", "openflamingo-4b")  # a family each; the others take minutes
 RANDOM = ("model.weights=random", "model.size=tiny")
@@ -64,9 +65,12 @@ def test_settings_run_on_a_tiny_model(train, small_world, command, monkeypatch, 
     )
     assert done.returncode == 0, done.stderr[-2000:]
     run = next((tmp_path / f"{model}-random-tiny").glob("*/*-1"))
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines, evaluated = metrics.read(run), metrics.heldout(run)
     assert [line["step"] for line in lines] == [1, 2, 3]
     assert all(math.isfinite(line["loss"]) and line["ce"] > 0 and line["align"] > 0 for line in lines)
+    if train != "tiny":  # the demo's
+        few = [line for line in evaluated if line["examples"] > 0 and math.isfinite(line["loss"])]
+        assert [line["step"] for line in few] == ([] if model == "paligemma-3b" else [0, 3])
     made = (
         "model/model.safetensors" if train.endswith("-full") or train == "tiny" else "adapter/adapter_model.safetensors"
     )

@@ -13,6 +13,7 @@ from stages.cli import stage
 
 # Rounding of the sums at the same weights; Adam divides by the gradient's own size, so that it grows from step to step.
 FIRST, LATER = 1e-5, 2e-3
+COUNTS = ("examples", "tokens", "words")
 
 
 def words(root: Path, name: str, *more: str) -> list[str]:  # noqa: F811
@@ -31,6 +32,9 @@ def words(root: Path, name: str, *more: str) -> list[str]:  # noqa: F811
         "train.freeze=[vision_model]",
         "train.unfreeze=[{step: 2, pattern: lm_head}]",
         "arm=lavender",
+        "train.held_out_split=val",
+        "train.held_out=3",
+        "train.evaluate_every=2",
         *more,
     ]
 
@@ -63,6 +67,12 @@ def same_run(cfg: Config, reference: Config) -> None:
         assert [row[name] for row in found] == [row[name] for row in expected], name
     for a, b in zip(losses(cfg), losses(reference), strict=True):
         assert a == pytest.approx(b, abs=LATER)
+    found, expected = metrics.heldout(status.run_dir(cfg)), metrics.heldout(status.run_dir(reference))
+    assert [line["step"] for line in found] == [0, 2, 4]
+    for mine, theirs in zip(found, expected, strict=True):
+        assert [mine[name] for name in COUNTS] == [theirs[name] for name in COUNTS] and mine["examples"] == 3
+        for name in ("loss", "ce", "align", "correlation", "peak_inside"):
+            assert mine[name] == pytest.approx(theirs[name], rel=FIRST if mine["step"] == 0 else 0, abs=LATER), name
 
 
 @pytest.mark.parametrize(
@@ -80,6 +90,7 @@ def test_the_run_is_the_same(root, reference, more):  # noqa: F811
 
 
 def test_two_processes_compute_the_same_run(root, reference):  # noqa: F811
+    """Of three held-out examples in batches of one the second process has one only, and keeps up."""
     cfg, out = ranks(root, "ddp", ["-m", "stages.train"], "train.micro_batch=1")
     assert out.count("4 steps of 4") == 1, "one process speaks"
     same_run(cfg, reference)

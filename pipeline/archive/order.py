@@ -98,6 +98,34 @@ class Order:
         self.__init__(*state)
 
 
+class Without:
+    """An order over the examples of an archive but for some, as if these were not there.
+
+    Args:
+        sizes: examples per shard in file order.
+        left_out: numbers of the examples that never come.
+        seed, window: as for `Order`.
+    """
+
+    def __init__(self, sizes: Sequence[int], left_out: Sequence[int], seed: int, window: int = 0):
+        kept = np.ones(sum(sizes), bool)
+        kept[list(left_out)] = False
+        ends = list(accumulate(sizes))
+        left = [int(kept[end - size : end].sum()) for size, end in zip(sizes, ends, strict=True)]
+        self.order = Order(left, seed, window)
+        self.seed, self.total = seed, self.order.total
+        self.numbers = np.flatnonzero(kept)
+
+    def indices(self, position: int, count: int) -> list[int]:
+        """As `Order.indices`."""
+        return self.numbers[self.order.indices(position, count)].tolist()
+
+    def block(self, position: int) -> tuple[int, np.ndarray]:
+        """As `Order.block`."""
+        start, block = self.order.block(position)
+        return start, self.numbers[block]
+
+
 class Mixture:
     """Several orders in fixed proportions; example numbers of the second begin after those of the first, and so on.
 

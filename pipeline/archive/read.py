@@ -66,6 +66,11 @@ class Archive(Sequence[Example]):
         """(N,) characters of every example, for batches of similar length."""
         return np.concatenate([self._column(number, "chars") for number in range(len(self.shards))])
 
+    @property
+    def images(self) -> list[str]:
+        """The sha256 of every example's image, empty where it has none; from the tables alone."""
+        return [digest or "" for found in self._receipts for digest in _table_of(found)["sha256"]]
+
     def _column(self, number: int, name: str) -> np.ndarray | list:
         """From the table alone: no tar is hashed for it."""
         opened = self._open.get(number)

@@ -284,7 +284,10 @@ def _memory(cfg: Config, tuned: Tuned, batch: StudentBatch, machine: Hardware, r
 
 
 def _time(cfg: Config, archive: Archive, memory: Memory, machine: Hardware, report: Report) -> None:
-    steps = cfg.train.steps or math.ceil(cfg.train.epochs * len(archive) / cfg.train.batch_size)
+    from pipeline.train.heldout import left_out
+
+    examples = len(archive) - len(left_out(cfg, archive))
+    steps = cfg.train.steps or math.ceil(cfg.train.epochs * examples / cfg.train.batch_size)
     micro = math.ceil(cfg.train.batch_size / (cfg.train.micro_batch * machine.count))
     step = micro * memory.flops / machine.speed
     report.ok(

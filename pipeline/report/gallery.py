@@ -13,8 +13,8 @@ import numpy as np
 
 from pipeline.evaluate.answers import read_rows
 from pipeline.evaluate.pointing import word_region
+from pipeline.overlay import encoded, enlarge, overlay
 from pipeline.report.looks import Looks, likeness
-from pipeline.report.overlay import encoded, enlarge, overlay
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -343,6 +343,11 @@ def student_maps(tap: AttentionTap, batch: StudentBatch) -> torch.Tensor:
     return torch.stack(layer_maps(tap, batch), 1)
 
 
+def mean_maps(tap: AttentionTap, batch: StudentBatch) -> torch.Tensor:
+    """The same, mean over heads and layers: (W, 32, 32)."""
+    return torch.stack([maps_WHSS.mean(1) for maps_WHSS in layer_maps(tap, batch)]).mean(0)
+
+
 def layer_maps(tap: AttentionTap, batch: StudentBatch) -> list[torch.Tensor]:
     """The same layer by layer: (W, H, 32, 32) each; zeros of no words where a batch has none."""
     if not len(batch.words):

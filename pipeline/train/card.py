@@ -13,21 +13,24 @@ from pipeline import receipts
 from pipeline.student.weights import model_path
 
 if TYPE_CHECKING:
-    from pipeline.archive import Archive
     from pipeline.config import Config
 
 FILE = "README.md"
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "tokenizers")
-NUMBERS = ("loss", "ce", "align", "heldout")
+NUMBERS = ("loss", "ce", "align")
+HELD_OUT = (*NUMBERS, "correlation", "peak_inside", "examples")
 
 
-def write(folder: Path, cfg: Config, archive: Archive, steps: int, lines: list[dict], difference: float) -> Path:
+def write(
+    folder: Path, cfg: Config, examples: int, steps: int, lines: list[dict], heldout: list[dict], difference: float
+) -> Path:
     """Writes the card into an exported directory.
 
     Args:
         folder: ``adapter/`` or ``model/``.
+        examples: that were trained on.
         steps: optimizer steps of the whole run.
-        lines: of ``metrics.jsonl``.
+        lines, heldout: of ``metrics.jsonl``, see `metrics.read` and `metrics.heldout`.
         difference: of the reloaded logits, as a share of the largest.
     """
     adapter = (folder / "adapter_config.json").is_file()
@@ -53,7 +56,7 @@ def write(folder: Path, cfg: Config, archive: Archive, steps: int, lines: list[d
         ],
         "How to load": ["```python", *_loading(cfg, adapter), "```"],
         "Data": [
-            f"- data: `{cfg.data.name}` (kind `{cfg.data.kind}`), split `{cfg.train.split}`, {len(archive)} examples",
+            f"- data: `{cfg.data.name}` (kind `{cfg.data.kind}`), split `{cfg.train.split}`, {examples} examples",
             f"- licence of the data: {cfg.data.licence}",
             *(
                 [f"- maps of the teacher: `{cfg.teacher.name}` (`{cfg.teacher.path}`)"]
@@ -67,7 +70,7 @@ def write(folder: Path, cfg: Config, archive: Archive, steps: int, lines: list[d
             yaml.safe_dump(_settings(cfg, steps), sort_keys=False, default_flow_style=None, width=100).rstrip(),
             "```",
         ],
-        "Metrics": _metrics(lines),
+        "Metrics": _metrics(lines) + _held_out(cfg, heldout),
         "Checked": [
             "Loaded again from these files, the model's logits differ from those it had at the end of training by at "
             f"most {difference:.1e} of the largest.",
@@ -138,13 +141,27 @@ def _settings(cfg: Config, steps: int) -> dict:
 def _metrics(lines: list[dict]) -> list[str]:
     if not lines:
         return ["None were logged."]
-    kept = [name for name in NUMBERS if any(line.get(name) is not None for line in lines)]
-    rows = [lines[0], lines[-1]] if len(lines) > 1 else lines
+    return [*_table(lines, NUMBERS), "", "Means over the global batches since the line before, on the training data."]
+
+
+def _held_out(cfg: Config, lines: list[dict]) -> list[str]:
+    if not lines:
+        return []
+    chosen = "that of the lowest loss" if cfg.train.choose == "best" else "the last"
+    where = f"split `{cfg.train.held_out_split}`" if cfg.train.held_out_split else "the training split, left out of it"
+    told = f"On held-out examples of {where}; the step exported is {chosen}."
+    return ["", *_table(lines, HELD_OUT, every=True), "", told]
+
+
+def _table(lines: list[dict], names: tuple[str, ...], every: bool = False) -> list[str]:
+    kept = [name for name in names if any(line.get(name) is not None for line in lines)]
+    rows = lines if every or len(lines) < 2 else [lines[0], lines[-1]]
     table = [f"| step | {' | '.join(kept)} |", "|" + " --- |" * (len(kept) + 1)]
     for row in rows:
-        cells = (f"{row[name]:.4f}" if row.get(name) is not None else "" for name in kept)
+        found = (row.get(name) for name in kept)
+        cells = (f"{value:.4f}" if isinstance(value, float) else "" if value is None else str(value) for value in found)
         table.append(f"| {row['step']} | {' | '.join(cells)} |")
-    return [*table, "", "Means over the global batches since the line before, on the training data."]
+    return table
 
 
 def _versions() -> dict[str, str]:

@@ -156,18 +156,33 @@ class Checkpoints:
         position = self._on_main(lambda: newest(self.run, self.settings, overwrite))
         if position.path is None:
             return position
-        reader = dcp.FileSystemReader(position.path / STATE)
+        moments = self._load(position.path, with_moments=True)
+        self._take(moments)
+        return position
+
+    def restore_best(self) -> Position:
+        """Loads the weights of the checkpoint with the lowest held-out loss that verifies in full, and no more.
+
+        Raises:
+            UserError: no checkpoint has one.
+        """
+        position = self._on_main(lambda: chosen(self.run))
+        self._load(position.path, with_moments=False)
+        return position
+
+    def _load(self, path: Path, with_moments: bool) -> dict[str, torch.Tensor]:
+        """Reads weights in place; returns the optimizer's state, if it is asked for."""
+        reader = dcp.FileSystemReader(path / STATE)
         stored = reader.read_metadata().state_dict_metadata
         weights = self._weights()
         held = {name for name in stored if name.startswith(WEIGHTS)}
         if held != weights.keys():
             raise UserError(
-                f"{position.path} holds other tensors than are trained: {', '.join(sorted(held ^ weights.keys())[:3])}"
+                f"{path} holds other tensors than are trained: {', '.join(sorted(held ^ weights.keys())[:3])}"
             )
-        moments = self._room_for(stored)
-        dcp.load(weights | moments, storage_reader=reader, process_group=self._group)  # in place
-        self._take(moments)
-        return position
+        moments = self._room_for(stored) if with_moments else {}
+        dcp.load(weights | moments, storage_reader=reader, process_group=self._group)
+        return moments
 
     # --- what is saved ------------------------------------------------------------------------------------------------
 
@@ -290,6 +305,29 @@ def newest(run: Path, settings: dict, overwrite: bool = False) -> Position:
 
 def best(paths: list[Path]) -> Path | None:
     """Of these checkpoints the one with the lowest held-out loss; None where none has one. A damaged one has none."""
+    return next(iter(_ranked(paths)), None)
+
+
+def chosen(run: Path) -> Position:
+    """The checkpoint with the lowest held-out loss of those that verify in full.
+
+    Raises:
+        UserError: there is none.
+    """
+    damaged = []
+    for path in _ranked(_found(run)):
+        try:
+            receipt = receipts.check(path / RECEIPT, full=True)
+        except receipts.Damaged as error:
+            damaged.append(str(error))
+            continue
+        return Position(path, receipt.counts["step"])
+    why = damaged[0] if damaged else "none was evaluated"
+    raise UserError(f"train.choose=best: no whole checkpoint in {run / FOLDER} has a held-out loss: {why}")
+
+
+def _ranked(paths: list[Path]) -> list[Path]:
+    """Those that have a held-out loss, the lowest first; of equal ones the earlier."""
     losses = {}
     for path in paths:
         try:
@@ -298,7 +336,7 @@ def best(paths: list[Path]) -> Path | None:
             continue
         if loss is not None:
             losses[path] = loss
-    return min(losses, key=losses.get, default=None)
+    return sorted(losses, key=lambda path: (losses[path], path))
 
 
 def _found(run: Path) -> list[Path]:

@@ -57,7 +57,17 @@ class TrainConfig:
         on_nonfinite: when a loss or gradient is NaN or infinite, `stop` with the keys of the batch, or `skip` the step,
             count it, and stop after ten in a row.
         hang_timeout: seconds after which a step that has not ended shows where every thread is; 0 never.
-        checkpoint_every: steps between checkpoints to resume from; the last ``keep_checkpoints`` are kept.
+        checkpoint_every: steps between checkpoints to resume from; the last ``keep_checkpoints`` are kept, and the one
+            with the lowest held-out loss.
+        held_out: examples that are evaluated during training. They are taken out of ``split``, drawn by a hash of their
+            images, at most a tenth of it, and never trained on; or they are of ``held_out_split``, where it is given.
+        held_out_split: a split of the data that is not trained on, such as `val`.
+        evaluate_every: steps between evaluations of the held-out examples; 0 never evaluates. They change nothing of
+            what is trained. With it the first and the last step are evaluated too.
+        overlays: so many of the held-out examples, always the same, are drawn with the target's and the student's
+            attention at every evaluation.
+        choose: the weights that are exported: those of the `last` step, or of the checkpoint that is `best` on the
+            held-out examples.
         trackers: what shows the numbers besides `metrics.jsonl`: some of `tensorboard`, `wandb` and `trackio`.
         window: shards that are shuffled together; 0 takes all.
         workers: processes or threads that prepare batches; 0 prepares them in the loop.
@@ -96,6 +106,11 @@ class TrainConfig:
     hang_timeout: float = 1800.0
     checkpoint_every: int = 500
     keep_checkpoints: int = 2
+    held_out: int = 0
+    held_out_split: str = ""
+    evaluate_every: int = 0
+    overlays: int = 8
+    choose: str = "last"
     log_every: int = 10
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
     window: int = 4
@@ -121,6 +136,20 @@ class TrainConfig:
             raise ValueError(f"train.parallel={self.parallel}: choose auto, ddp or fsdp")
         if self.on_nonfinite not in ("stop", "skip"):
             raise ValueError(f"train.on_nonfinite={self.on_nonfinite}: choose stop or skip")
+        for name in ("held_out", "evaluate_every", "overlays"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"train.{name}={getattr(self, name)}: must be 0 or more")
+        if self.held_out_split and self.held_out_split == self.split:
+            raise ValueError(f"train.held_out_split={self.split} is trained on: name another split, or leave it empty")
+        if self.evaluate_every and not self.held_out:
+            raise ValueError(f"train.evaluate_every={self.evaluate_every} needs examples: give train.held_out")
+        if self.choose not in ("last", "best"):
+            raise ValueError(f"train.choose={self.choose}: choose last or best")
+        if self.choose == "best" and (not self.evaluate_every or self.checkpoint_every % self.evaluate_every):
+            raise ValueError(
+                "train.choose=best knows the loss of checkpoints that are evaluated: give train.checkpoint_every and "
+                "train.evaluate_every with the first a multiple of the second"
+            )
         if self.hang_timeout < 0:
             raise ValueError(f"train.hang_timeout={self.hang_timeout}: give seconds, or 0 to watch nothing")
         if self.steps <= 0 and self.epochs <= 0:

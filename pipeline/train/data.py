@@ -19,9 +19,10 @@ from pipeline.student.batch import IGNORED, EncodeError, StudentBatch
 
 if TYPE_CHECKING:
     from pipeline.archive import Archive
-    from pipeline.archive.order import Order
+    from pipeline.archive.order import Order, Without
     from pipeline.student.batch import Item
     from pipeline.student.family import Family
+    from pipeline.train.heldout import Fixed
     from pipeline.train.targets import Targets
 
 CACHE_BYTES = 512 << 20  # of encoded examples; a small data set is then encoded once, not once an epoch
@@ -47,12 +48,13 @@ class Batches:
         rank, ranks: this process and how many there are; each takes a contiguous part of every global batch.
         skipped_file: where examples that the student cannot take are written, one JSON line each with the reason.
         max_failed: share of the archive that may fail before the run stops.
+        cache_bytes: encoded examples that are kept.
     """
 
     def __init__(
         self,
         archive: Archive,
-        order: Order,
+        order: Order | Without | Fixed,
         family: Family,
         targets: Targets | None,
         *,
@@ -62,6 +64,7 @@ class Batches:
         ranks: int,
         skipped_file: Path,
         max_failed: float,
+        cache_bytes: int = CACHE_BYTES,
     ):
         if batch_size % ranks:
             raise UserError(f"train.batch_size={batch_size} does not divide over {ranks} processes: choose a multiple")
@@ -71,7 +74,7 @@ class Batches:
         self.skipped_file, self.limit = skipped_file, max_failed * len(archive)
         self.refused: dict[int, str] = {}
         self.cache: OrderedDict[int, tuple[Item, torch.Tensor, torch.Tensor]] = OrderedDict()
-        self.cached_bytes = 0
+        self.cached_bytes, self.cache_bytes = 0, cache_bytes
 
     def at(self, step: int) -> Share:
         """The micro-batches of this process in global batch number ``step`` (from 0)."""
@@ -83,6 +86,11 @@ class Batches:
         # Where examples were left out, a process may have fewer batches than the others, and they would wait for it.
         missing = -(-self.share // self.micro_batch) - len(batches) if self.ranks > 1 else 0
         return Share(batches + [self._nothing()] * missing, len(rows) - len(kept))
+
+    def only(self, index: int) -> StudentBatch | None:
+        """A batch of one example; None if it cannot be encoded."""
+        row = self._row(index)
+        return None if row is None else self._collate([row])
 
     def stream(self, step: int, stop: int, workers: int) -> Iterator[Share]:
         """Shares of the steps ``step:stop``; with workers, that many batches are prepared ahead in threads."""
@@ -115,7 +123,7 @@ class Batches:
             maps_WHW, valid_W = self.targets(index, example, item.words)
         row = (item, torch.from_numpy(maps_WHW), torch.from_numpy(valid_W))
         size = sum(t.numel() * t.element_size() for t in (item.ids, *item.image.values(), row[1]))
-        if self.cached_bytes + size <= CACHE_BYTES:
+        if self.cached_bytes + size <= self.cache_bytes:
             self.cache[index] = row
             self.cached_bytes += size
         return row

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from pipeline.student.batch import StudentBatch
     from pipeline.train.config import TrainConfig
     from pipeline.train.data import Batches
+    from pipeline.train.heldout import HeldOut
     from pipeline.train.metrics import Metrics
 
 
@@ -43,14 +45,16 @@ def train_loop(
     start: int,
     metrics: Metrics,
     progress: Progress,
-    save: Callable[[int, dict], None],
+    save: Callable[[int, dict, float | None], None],
     trackers: dict | None = None,
     asked: Callable[[], bool] = lambda: False,
+    heldout: HeldOut | None = None,
 ) -> int:
     """Trains from step ``start`` (steps done) to ``steps`` and returns the steps done.
 
-    ``save`` is given the steps done and the trackers, which a resumed run gets back. When ``asked`` says yes on any
-    process, all of them save at the end of that step and return.
+    ``save`` is given the steps done, the trackers, which a resumed run gets back, and the loss on the held-out examples
+    where they were evaluated. When ``asked`` says yes on any process, all of them save at the end of that step and
+    return.
 
     The loss of a global batch is (sum of cross-entropies) / (label tokens) + lambda * (sum of alignment errors) /
     (aligned words), both counted over all processes and micro-batches. Everything random depends on (seed, step,
@@ -66,6 +70,17 @@ def train_loop(
     speed = Throughput(accelerator.unwrap_model(tuned).student, device, ranks)
     unfreezing = Unfreezing(tuned.named_parameters(), cfg.unfreeze)
     with HangWatch(cfg.hang_timeout) as watch:
+
+        def evaluated(done: int) -> float | None:
+            if heldout is None or not heldout.due(done, steps):
+                return None
+            began = time.monotonic()
+            loss = heldout(tuned, done, watch.again)
+            running.rest(time.monotonic() - began)
+            return loss if math.isfinite(loss) else None
+
+        if start == 0:
+            evaluated(0)
         for step, share in enumerate(clock.waiting(batches.stream(start, stop, cfg.workers)), start):
             torch.manual_seed((seed * 1_000_003 + step) * 1_009 + accelerator.process_index)
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
@@ -119,8 +134,9 @@ def train_loop(
                 if accelerator.is_main_process and line:
                     metrics.add(line | {"words_per_example": line["words"] / cfg.batch_size} | measured)
                 progress.advance(running.take(), note=note(line))
+            loss = evaluated(done)
             if done % cfg.checkpoint_every == 0 or done == stop or ending:
-                save(done, {"running": running.state(), "finite": finite.state()})
+                save(done, {"running": running.state(), "finite": finite.state()}, loss)
             if ending:
                 return done
             watch.again()

@@ -17,7 +17,8 @@ class Metrics:
 
     def __init__(self, run: Path, step: int, also: Callable[[dict], None] = lambda line: None):
         self.path, self.also = run / FILE, also
-        kept = [line for line in read(run) if line["step"] <= step]
+        # What was found before the first step is found again by a run that begins again.
+        kept = [line for line in lines(run) if step and line["step"] <= step]
         # By rename: a kill in the middle must not take the lines that no one writes again.
         receipts.write_file(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())
 
@@ -29,7 +30,17 @@ class Metrics:
 
 
 def read(run: Path) -> list[dict]:
-    """The whole lines of a run's metrics; a last line cut off by a kill is left out."""
+    """The lines of training, in order."""
+    return [line for line in lines(run) if "heldout" not in line]
+
+
+def heldout(run: Path) -> list[dict]:
+    """What was found on the held-out examples, in order: the numbers of `HeldOut.measure` and their step."""
+    return [{"step": line["step"]} | line["heldout"] for line in lines(run) if "heldout" in line]
+
+
+def lines(run: Path) -> list[dict]:
+    """All whole lines of a run's metrics; a last line cut off by a kill is left out."""
     path = run / FILE
     if not path.is_file():
         return []
@@ -104,6 +115,10 @@ class Running:
     def seconds(self) -> float:
         """Seconds since the last line."""
         return time.monotonic() - self.since
+
+    def rest(self, seconds: float) -> None:
+        """Leaves out time in which no step was made."""
+        self.since += seconds
 
     def take(self) -> int:
         """Steps made since the last call; begins anew."""

@@ -11,15 +11,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline import receipts
+from pipeline.errors import UserError
 from pipeline.layout import Layout
 from pipeline.student.weights import model_path
 from pipeline.train import status
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from PIL import Image
     from torch import nn
 
     from pipeline.archive import Archive
     from pipeline.config import Config
+    from pipeline.student.family import Family
+    from pipeline.train.heldout import HeldOut
+    from pipeline.train.metrics import Metrics
+    from pipeline.train.targets import Targets
+
+# Examples that the student cannot take, one JSON line each with the reason.
+SKIPPED, SKIPPED_HELD_OUT = "skipped.jsonl", "skipped-held-out.jsonl"
 
 
 def train(cfg: Config) -> None:
@@ -35,12 +45,15 @@ def train(cfg: Config) -> None:
             print(f"{label}: up to date ({run})")
         return
     from pipeline.archive import Archive
+    from pipeline.train.heldout import left_out
 
     archive = Archive(Layout(cfg).examples_dir(cfg.train.split))
-    steps = cfg.train.steps or math.ceil(cfg.train.epochs * len(archive) / cfg.train.batch_size)
-    say = print if is_main() else lambda *_, **__: None
+    kept = left_out(cfg, archive)
+    examples = len(archive) - len(kept)
+    steps = cfg.train.steps or math.ceil(cfg.train.epochs * examples / cfg.train.batch_size)
+    say, more = print if is_main() else lambda *_, **__: None, f" ({len(kept)} more held out)" if kept else ""
     say(
-        f"{label}: {len(archive)} examples, {steps} steps of {cfg.train.batch_size}, {cfg.train.method}, "
+        f"{label}: {examples} examples{more}, {steps} steps of {cfg.train.batch_size}, {cfg.train.method}, "
         f"lambda {cfg.arm.lam:g}" + (f" towards {cfg.arm.targets}" if cfg.arm.lam else ""),
         flush=True,
     )
@@ -49,14 +62,14 @@ def train(cfg: Config) -> None:
     with receipts.hold(run) if is_main() else nullcontext():
         if is_main() and cfg.overwrite and (run / status.RECEIPT).is_file():
             (run / status.RECEIPT).unlink()
-        _train(cfg, run, archive, steps, label)
+        _train(cfg, run, archive, kept, steps, label)
 
 
-def _train(cfg: Config, run: Path, archive: Archive, steps: int, label: str) -> None:
+def _train(cfg: Config, run: Path, archive: Archive, left_out: list[int], steps: int, label: str) -> None:
     import torch
 
     from pipeline.align.loss import AlignmentLoss
-    from pipeline.archive.order import Order
+    from pipeline.archive.order import Without
     from pipeline.progress import Progress
     from pipeline.student.capture import AttentionTap
     from pipeline.student.load import load_student
@@ -66,6 +79,7 @@ def _train(cfg: Config, run: Path, archive: Archive, steps: int, label: str) -> 
     from pipeline.train.export import export
     from pipeline.train.loop import train_loop
     from pipeline.train.metrics import FILE, Metrics, read
+    from pipeline.train.metrics import heldout as held_out_lines
     from pipeline.train.preempt import Preemption
     from pipeline.train.targets import open_targets
     from pipeline.train.trainable import groups, quantization, trainable
@@ -87,7 +101,9 @@ def _train(cfg: Config, run: Path, archive: Archive, steps: int, label: str) -> 
         fused=True,
     )
     settings = status.settings(cfg) | {"inputs": status.inputs(cfg), "steps": steps}
-    settings["train"].pop("export", None)  # decides nothing before the end
+    for late in ("export", "choose", "evaluate_every", "checkpoint_every"):  # decide nothing before the end
+        settings["train"].pop(late, None)
+    settings["inputs"].pop("held_out", None)
     wrapped, optimizer = parallel.prepare(accelerator, tuned, optimizer, cfg.train)
     checkpoints = Checkpoints(run, settings, cfg.train.keep_checkpoints, tuned, optimizer)
     position = checkpoints.restore(overwrite=cfg.overwrite)
@@ -100,18 +116,19 @@ def _train(cfg: Config, run: Path, archive: Archive, steps: int, label: str) -> 
 
     targets = open_targets(cfg.arm.targets, archive, _maps(cfg), cfg.seed) if cfg.arm.lam > 0 else None
     if accelerator.is_main_process:
-        (run / "skipped.jsonl").unlink(missing_ok=True)
+        for name in (SKIPPED, SKIPPED_HELD_OUT):
+            (run / name).unlink(missing_ok=True)
     accelerator.wait_for_everyone()
     batches = Batches(
         archive,
-        Order(archive.sizes, seed=cfg.seed, window=cfg.train.window),
+        Without(archive.sizes, left_out, seed=cfg.seed, window=cfg.train.window),
         student.family,
         targets,
         batch_size=cfg.train.batch_size,
         micro_batch=cfg.train.micro_batch,
         rank=accelerator.process_index,
         ranks=accelerator.num_processes,
-        skipped_file=run / "skipped.jsonl",
+        skipped_file=run / SKIPPED,
         max_failed=cfg.data.max_failed,
     )
 
@@ -120,6 +137,9 @@ def _train(cfg: Config, run: Path, archive: Archive, steps: int, label: str) -> 
     def show(line: dict) -> None:
         accelerator.log(trackers.flat(line), step=line["step"])
 
+    main = accelerator.is_main_process
+    shown = Metrics(run, start, show) if main else None
+    heldout = _held_out(cfg, run, accelerator, student.family, archive, left_out, start, shown, label)
     quiet = None if accelerator.is_main_process else io.StringIO()
     bar = Progress(label, total=steps, unit="steps", done=start, stream=quiet)
     with bar as progress, Preemption() as preemption, guards.memory(cfg.train):
@@ -134,12 +154,18 @@ def _train(cfg: Config, run: Path, archive: Archive, steps: int, label: str) -> 
             cfg.seed,
             steps,
             start,
-            Metrics(run, start, show) if accelerator.is_main_process else None,
+            shown,
             progress,
             checkpoints.save,
             trackers=position.trackers,
             asked=lambda: preemption.asked,
+            heldout=heldout,
         )
+        checkpoints.wait()
+        if done == steps and cfg.train.choose == "best":
+            chosen = checkpoints.restore_best()
+            if main:
+                print(f"{label}: step {chosen.step} has the lowest loss on the held-out examples", flush=True)
         checkpoints.close()
     for tracker in accelerator.trackers:  # not accelerator.end_training, which would end the processes' group as well
         tracker.finish()
@@ -163,19 +189,96 @@ def _train(cfg: Config, run: Path, archive: Archive, steps: int, label: str) -> 
     )
     if not accelerator.is_main_process:
         return
-    files = exported.files
-    card.write(files[0], cfg, archive, steps, read(run), exported.difference)
+    files, examples = exported.files, batches.order.total
+    card.write(files[0], cfg, examples, steps, read(run), held_out_lines(run), exported.difference)
     receipts.write(
         run / status.RECEIPT,
         stage="train",
         settings=status.settings(cfg),
         inputs=status.inputs(cfg),
         files=[*files, run / FILE],
-        counts={"examples": len(archive), "steps": steps, "skipped": len(batches.refused)}
+        counts={"examples": examples, "steps": steps, "skipped": len(batches.refused)}
+        | ({"held_out": len(left_out)} if left_out else {})
+        | ({"chosen": chosen.step} if cfg.train.choose == "best" else {})
         | {"reloaded_difference": exported.difference, "tolerance": exported.tolerance},
         seconds=time.monotonic() - started,
     )
-    print(f"{label}: {len(archive)} examples, {len(batches.refused)} skipped, {steps} steps -> {files[0]}", flush=True)
+    print(f"{label}: {examples} examples, {len(batches.refused)} skipped, {steps} steps -> {files[0]}", flush=True)
+
+
+def _held_out(
+    cfg: Config,
+    run: Path,
+    accelerator: Accelerator,
+    family: Family,
+    archive: Archive,
+    left_out: list[int],
+    start: int,
+    shown: Metrics | None,
+    label: str,
+) -> HeldOut | None:
+    """What evaluates the held-out examples at its steps; None where none is asked for, or there are none."""
+    from pipeline.archive import Archive
+    from pipeline.train import trackers
+    from pipeline.train.data import Batches
+    from pipeline.train.heldout import Fixed, HeldOut, drawn
+    from pipeline.train.overlays import Overlays
+
+    train, main, numbers = cfg.train, accelerator.is_main_process, left_out
+    if not train.evaluate_every:
+        return None
+    if train.held_out_split:
+        archive = Archive(Layout(cfg).examples_dir(train.held_out_split))
+        numbers = drawn(archive, train.held_out)
+    if not numbers:
+        why = f"no example is evaluated: {len(archive)} are too few to hold any out"
+        if train.choose == "best":
+            raise UserError(f"train.choose=best: {why}; name another split (train.held_out_split)")
+        if main:
+            print(f"{label}: {why}", flush=True)
+        return None
+    targets, why = _held_out_targets(cfg, archive)
+    if why and main:
+        print(f"{label}: {why}", flush=True)
+    batches = Batches(
+        archive,
+        Fixed(numbers),
+        family,
+        targets,
+        batch_size=train.micro_batch * accelerator.num_processes,
+        micro_batch=train.micro_batch,
+        rank=accelerator.process_index,
+        ranks=accelerator.num_processes,
+        skipped_file=run / SKIPPED_HELD_OUT,
+        max_failed=cfg.data.max_failed,
+        cache_bytes=128 << 20,
+    )
+
+    def picture(image: Image.Image, step: int) -> None:
+        trackers.show_picture(accelerator, "heldout/overlays", image, step)
+
+    device = accelerator.device
+    pictures = Overlays(batches, train.overlays, run, start, device, main, picture) if train.overlays else None
+    add = shown.add if shown else lambda line: None
+    return HeldOut(accelerator, batches, train.evaluate_every, cfg.arm.lam, pictures, add, train.workers)
+
+
+def _held_out_targets(cfg: Config, archive: Archive) -> tuple[Targets, str]:
+    """The arm's targets for held-out examples, for plain fine-tuning the teacher's; and why there are none."""
+    from pipeline.mapstore import MapStore
+    from pipeline.train.targets import open_targets, unknown
+
+    kind = cfg.arm.targets if cfg.arm.lam > 0 else "teacher"
+    split = cfg.train.held_out_split or cfg.train.split
+    if kind not in ("teacher", "shuffled"):
+        return open_targets(kind, archive, None, cfg.seed), ""
+    folder = Layout(cfg).maps_split_dir(split)
+    if not (folder / "manifest.json").is_file():
+        return unknown, (
+            f"held-out examples are evaluated without maps, for {folder} has none "
+            f"(teacher.splits=[{','.join([*cfg.teacher.splits, split])}] at precompute makes them)"
+        )
+    return open_targets(kind, archive, MapStore(folder), cfg.seed), ""
 
 
 def is_main() -> bool:

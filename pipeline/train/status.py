@@ -28,11 +28,13 @@ RUNTIME = (
     "trackers",
     "processes",
     "nodes",
+    "evaluate_every",
+    "overlays",
 )
 
 
 # Settings that came later: at their defaults they do not count, so that runs from before stay good.
-LATER = ("logits_mb", "on_nonfinite", "unfreeze", "quantize", "compile")
+LATER = ("logits_mb", "on_nonfinite", "unfreeze", "quantize", "compile", "held_out", "held_out_split", "choose")
 
 
 def uses_maps(cfg: Config) -> bool:
@@ -45,6 +47,10 @@ def settings(cfg: Config) -> dict:
     train = {key: value for key, value in asdict(cfg.train).items() if key not in RUNTIME}
     if cfg.train.method == "full" or cfg.train.export == "adapter":
         del train["export"]  # as in runs from before there was a choice
+    if cfg.train.held_out_split and cfg.train.choose == "last":  # nothing of what is trained depends on them
+        train |= {"held_out": 0, "held_out_split": ""}
+    if cfg.train.choose == "best":
+        train |= {name: getattr(cfg.train, name) for name in ("evaluate_every", "checkpoint_every")}
     default = asdict(type(cfg.train)())
     for key in LATER:
         if train[key] == default[key]:
@@ -82,6 +88,9 @@ def inputs(cfg: Config) -> dict[str, str]:
         "examples": receipts.load(layout.examples_dir(cfg.train.split) / "manifest.json").digest,
         "student": identity(cfg.model),
     }
+    if cfg.train.held_out_split and cfg.train.choose == "best":
+        path = layout.examples_dir(cfg.train.held_out_split) / "manifest.json"
+        found["held_out"] = receipts.load(path).digest
     if uses_maps(cfg):
         found["maps"] = receipts.load(layout.maps_split_dir(cfg.train.split) / "manifest.json").digest
     return found

@@ -96,6 +96,11 @@ class Shuffled:
         return _take(stored, [alike[w % len(alike)] if alike else None for w in range(len(words))])
 
 
+def unknown(index: int, example: Example, words: list[Word]) -> tuple[np.ndarray, np.ndarray]:
+    """Targets of which no word has one."""
+    return _take(None, [None] * len(words))
+
+
 def _take(stored: ExampleMaps | None, rows: list[int | None]) -> tuple[np.ndarray, np.ndarray]:
     maps_WHW = np.zeros((len(rows), SIDE, SIDE), dtype=np.float32)
     valid_W = np.zeros(len(rows), dtype=bool)

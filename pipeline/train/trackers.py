@@ -7,10 +7,13 @@ from dataclasses import asdict
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from PIL import Image
 
     from pipeline.config import Config
 
@@ -40,12 +43,25 @@ def start(accelerator: Accelerator, cfg: Config, label: str, step: int) -> None:
         step: where it goes on; what TensorBoard showed after it is taken back, for the run repeats it.
     """
     own = {
-        "tensorboard": {"purge_step": step + 1},
+        "tensorboard": {"purge_step": step + 1 if step else 0},
         "wandb": {"name": label, "resume": "allow", "config": asdict(cfg.train)},
         "trackio": {"name": label, "config": asdict(cfg.train)},
     }
     wanted = {name: own[name] for name in cfg.train.trackers}
     accelerator.init_trackers(f"{cfg.model.name}-{cfg.data.name}", init_kwargs=wanted)
+
+
+def show_picture(accelerator: Accelerator, name: str, picture: Image.Image, step: int) -> None:
+    """A picture, in every tracker."""
+    for tracker in accelerator.trackers:
+        if tracker.name == "trackio":  # accelerate passes on its numbers alone
+            import trackio
+
+            tracker.tracker.log({name: trackio.Image(picture)}, step=step)
+        elif tracker.name == "tensorboard":
+            tracker.log_images({name: np.asarray(picture)[None]}, step=step, dataformats="NHWC")
+        else:
+            tracker.log_images({name: [picture]}, step=step)
 
 
 def flat(line: dict) -> dict[str, float]:

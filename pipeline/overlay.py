@@ -1,13 +1,18 @@
-"""Pictures of where a map looks: the image with the map's colours over it and the true region's outline."""
+"""Pictures of where a map looks: the image with the map's colours over it and the true region's outline; sheets of
+them."""
 
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 SIDE = 192  # pixels of the longer side of a picture on the page
+GAP, LINE, TEXT = 6, 24, 13  # pixels of a sheet: between pictures, of a line of text, of its letters
+INK, SOFT = (20, 18, 24), (110, 108, 120)
 EDGE, HALO = (255, 255, 255), (20, 18, 24)
 
 
@@ -64,3 +69,25 @@ def encoded(image: Image.Image, colours: int = 0) -> bytes:
     out = io.BytesIO()
     image.save(out, "PNG", optimize=True)
     return out.getvalue()
+
+
+def sheet(heads: Sequence[str], rows: Sequence[tuple[str, Sequence[Image.Image | None]]]) -> Image.Image:
+    """Pictures in a table on white: ``rows`` of (label, one picture or None for each head)."""
+    from matplotlib import get_data_path
+    from PIL import ImageDraw, ImageFont
+
+    # Pillow's own font knows Latin alone.
+    font = ImageFont.truetype(str(Path(get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), TEXT)
+    heights = [max((picture.height for picture in pictures if picture), default=0) + LINE for _, pictures in rows]
+    out = Image.new("RGB", (len(heads) * (SIDE + GAP) + GAP, LINE + sum(heights)), (255, 255, 255))
+    draw = ImageDraw.Draw(out)
+    for column, head in enumerate(heads):
+        draw.text((GAP + column * (SIDE + GAP), GAP), head, SOFT, font)
+    top = LINE
+    for (label, pictures), height in zip(rows, heights, strict=True):
+        draw.text((GAP, top + GAP), label, INK, font)
+        for column, picture in enumerate(pictures):
+            if picture is not None:
+                out.paste(picture, (GAP + column * (SIDE + GAP), top + LINE))
+        top += height
+    return out
