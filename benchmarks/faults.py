@@ -1,25 +1,30 @@
 """What happens to the caches when things go wrong: `make faults`.
 
     python -m benchmarks.faults --kills 20 --flips 200 --json out.json
+    python -m benchmarks.faults --only "precompute kills" "dying workers" --json out.json    (adds to what is there)
 
 Each campaign does damage to the shards or maps of a small world, then either goes on from there and compares every
 byte with an uninterrupted run, or shows that the damage is noticed before anything of it is used:
 
-    kills       kill -9 at random moments of shard and of precompute, then the same again until it is done
-    flips       single bits, with the file's time set back, in every kind of file
-    truncated   at every boundary that a reader might take for an end
-    deleted     each kind of file
-    full disk   a limit on the size of files
-    two         a second process on the same output
-    failing     a task that raises now and then
-    dying       a worker process of Dask that dies now and then
-    repaired    a bit of each kind of file, then what `make verify ARGS=repair=true` does
+    shard kills, precompute kills
+                    kill -9 at random moments of a stage, then the same again until it is done
+    flips           single bits, with the file's time set back, in every kind of file
+    truncated       at every boundary that a reader might take for an end
+    deleted         each kind of file
+    repaired        a bit of each kind of file, then what `make verify ARGS=repair=true` does
+    shard on a full disk, precompute on a full disk
+                    a limit on the size of files
+    two of shard, two of precompute
+                    a second process on the same output
+    failing tasks   a task that raises now and then, once so that it may pass (tried again) and once so that it may not
+    dying workers   worker processes of Dask that die now and then, at once or in the middle of a shard
 
 The last line is `RESULT {...}`; the exit code is 1 if anything came out differently.
 """
 
 import argparse
 import contextlib
+import errno
 import json
 import multiprocessing
 import os
@@ -37,7 +42,7 @@ import numpy as np
 from dask import threaded
 from google_crc32c import value
 
-from pipeline import receipts, verify
+from pipeline import engine, receipts, verify
 from pipeline.archive import write
 from pipeline.archive.read import Archive
 from pipeline.archive.stage import shard
@@ -48,7 +53,7 @@ from pipeline.mapstore.read import MapStore
 
 FORK = multiprocessing.get_context("fork")
 SIZES = "{train: 40, val: 6, test: 4, ood_pairs: 3, ood_count: 3, ood_background: 3}"
-PATIENCE = 300  # seconds for a cluster whose workers die
+PATIENCE = 400  # seconds for a process to end
 WORLD = ("data=world", f"data.sizes={SIZES}", "data.shard_size=8", "engine.workers=2")
 
 
@@ -62,6 +67,17 @@ def precompute(cfg: Config) -> None:
     from pipeline.teacher.stage import precompute as run
 
     run(cfg)
+
+
+def import_teacher() -> None:
+    """Imports what precompute needs, so that its kills hit work; nothing is computed here, so a fork may follow."""
+    import diffusers
+    import transformers
+
+    from pipeline.teacher import stage
+
+    lazy = {diffusers: ("UNet2DConditionModel", "AutoencoderKL", "DDIMScheduler"), transformers: ("CLIPTextModel",)}
+    assert stage and all(getattr(module, name) for module, names in lazy.items() for name in names)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -105,8 +121,11 @@ def child(function: Callable[[], object], limit: int = 0) -> multiprocessing.Pro
 
 
 def finish(process: multiprocessing.Process) -> int:
-    """The exit code of a process."""
-    process.join()
+    """The exit code of a process; one that does not end in `PATIENCE` seconds is killed, which no campaign accepts."""
+    process.join(PATIENCE)
+    if process.exitcode is None:
+        process.kill()
+        process.join()
     return process.exitcode
 
 
@@ -135,7 +154,10 @@ def kills(
             here = 0
             while True:
                 process = child(lambda cfg=cfg: stage(cfg))
-                process.join(rng.uniform(0, seconds) if done + here < count else None)
+                if done + here == count:
+                    finish(process)
+                    break
+                process.join(rng.uniform(0, seconds))
                 if process.exitcode is not None:
                     break
                 os.kill(process.pid, signal.SIGKILL)
@@ -290,30 +312,31 @@ def two_processes(stage: Callable[[Config], object], begin: Callable[[Path], Con
 
 
 def die_once(job: write.Job) -> receipts.Receipt:
-    """Writes a shard; in the middle of every third one its process dies, the first time."""
+    """Writes a shard; the first time its process dies, with odd numbers at once and with others in the middle."""
     mark = job.folder / f"died-{job.stem}"
-    if job.number % 3 == 1 and not mark.exists():
+    if job.number in (1, 2, 3) and not mark.exists():
         mark.touch()
-        (job.folder / f".{job.stem}.tar.{os.getpid()}.tmp").write_bytes(b"part")
+        if job.number == 2:
+            (job.folder / f".{job.stem}.tar.{os.getpid()}.tmp").write_bytes(b"part")
+            time.sleep(0.5)
         os.kill(os.getpid(), signal.SIGKILL)
     return write.write_rows(job, write._read(job))
 
 
 def dying_workers(begin: Callable[[Path], Config]) -> tuple[int, int]:
     """Worker processes of a Dask cluster die; the stage comes to its end all the same, in one run."""
-    sound = write.write_shard
     with workspace() as folder:
         shard(begin(folder / "whole"))
         cfg = begin(folder / "dying")
         cfg.engine.kind = "processes"
-        write.write_shard = die_once
-        process = child(lambda: shard(cfg))
-        write.write_shard = sound
-        process.join(PATIENCE)
-        if process.exitcode is None:
-            process.kill()
+
+        def attempt() -> None:
+            write.write_shard = die_once  # in the child only
+            shard(cfg)
+
+        code = finish(child(attempt))
         deaths = len(list(folder.rglob("died-*")))
-        same = process.exitcode == 0 and contents(folder / "dying") == contents(folder / "whole")
+        same = code == 0 and contents(folder / "dying") == contents(folder / "whole")
     return max(deaths, 1), deaths * same
 
 
@@ -342,26 +365,36 @@ def repairs(cfg: Config, rng: random.Random) -> tuple[int, int]:
 
 
 def failing_tasks(begin: Callable[[Path], Config], rng: random.Random) -> tuple[int, int]:
-    """Tasks raise now and then; the stage stops with the error and goes on when it is run again."""
+    """Tasks raise now and then. What may pass is tried again in the same run; any other error stops the stage, which
+    goes on when it is run again."""
     with workspace() as folder:
         shard(begin(folder / "whole"))
+        whole = contents(folder / "whole")
         cfg = begin(folder / "failing")
         sound, stops = write.write_shard, 0
 
-        def attempt(chance: random.Random) -> None:
+        def attempt(chance: random.Random, error: Exception, share: float) -> None:
+            failed = set()
+
             def sometimes(job):
-                if chance.random() < 0.3:
-                    raise RuntimeError("a task that fails now and then")
+                if job.receipt not in failed and chance.random() < share:
+                    failed.add(job.receipt)
+                    raise error
                 return sound(job)
 
-            write.write_shard = sometimes  # in the child only
+            write.write_shard, engine.PAUSE = sometimes, 0.01  # in the child only
             shard(cfg)
 
-        while finish(child(lambda: attempt(random.Random(rng.random())))) != 0 and stops < 200:
+        wrong = RuntimeError("a task that fails now and then")
+        while finish(child(lambda: attempt(random.Random(rng.random()), wrong, 0.3))) != 0 and stops < 200:
             stops += 1
             rng.random()  # the child drew from a copy
-        same = contents(folder / "failing") == contents(folder / "whole")
-    return stops, stops * same
+        same = contents(folder / "failing") == whole
+        cfg = begin(folder / "passing")
+        passing = OSError(errno.EIO, "a disk that fails for a moment")
+        once = finish(child(lambda: attempt(random.Random(0), passing, 1.0))) == 0
+        same = same and once and contents(folder / "passing") == whole
+    return stops + 1, (stops + 1) * same
 
 
 @contextlib.contextmanager
@@ -374,51 +407,55 @@ def workspace() -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def campaign(kill_count: int, flip_count: int, seed: int, say: Callable[[str], object] = print) -> dict[str, list[int]]:
-    """All campaigns; (done, as it should be) by name."""
-    rng = random.Random(seed)
-    found: dict[str, tuple[int, int]] = {}
+def sharded(folder: Path) -> Config:
+    """A world in `folder` with its examples, for precompute to begin with."""
+    cfg = settings(folder)
+    shard(cfg)
+    return cfg
 
-    def note(name: str, result: tuple[int, int], word: str) -> None:
-        found[name] = result
-        say(f"{name} {result[0]} {word} {result[1]}")
 
-    def sharded(folder: Path) -> Config:
-        cfg = settings(folder)
-        with quiet():
-            shard(cfg)
-        return cfg
-
-    note("shard kills", kills(shard, settings, kill_count, rng), "identical")
-    note("precompute kills", kills(precompute, sharded, kill_count, rng), "identical")
-    note("kills", both(found["shard kills"], found["precompute kills"]), "identical")
-    with workspace() as folder, quiet():
+def damaged(damage: Callable[[Config], dict[str, tuple[int, int]]]) -> dict[str, tuple[int, int]]:
+    """What `damage` does to sound examples and maps."""
+    with workspace() as folder:
         cfg = sharded(folder)
-        precompute(cfg)
+        assert finish(child(lambda: precompute(cfg))) == 0  # torch must not be at work here before a fork
         assert not noticed(cfg), "sound caches are refused"
-        bits, cut, gone = flips(cfg, flip_count, rng), truncations(cfg), deletions(cfg)
-        again = repairs(cfg, rng)
-    for kind, result in bits.items():
-        note(f"flips in {kind}", result, "detected")
-    note("flips", tuple(map(sum, zip(*bits.values(), strict=True))), "detected")
-    note("truncated", cut, "detected")
-    note("deleted", gone, "detected")
-    note("repaired", again, "identical")
-    with quiet():
-        ends = {
-            "full disks": both(full_disk(shard, settings), full_disk(precompute, sharded)),
-            "two processes": both(two_processes(shard, settings), two_processes(precompute, sharded)),
-            "failing tasks": failing_tasks(settings, rng),
-            "dying workers": dying_workers(settings),
-        }
-    for name, result in ends.items():
-        note(name, result, "identical")
-    return {name: list(result) for name, result in found.items()}
+        return damage(cfg)
 
 
-def both(first: tuple[int, int], second: tuple[int, int]) -> tuple[int, int]:
-    """The sums of two results."""
-    return first[0] + second[0], first[1] + second[1]
+def campaigns(kill_count: int, flip_count: int, seed: int) -> dict[str, Callable[[], dict[str, tuple[int, int]]]]:
+    """By name what each does; it returns (done, as it should be) by what is counted."""
+
+    def rng(name: str) -> random.Random:
+        return random.Random(f"{seed} {name}")
+
+    def one(name: str, run: Callable[..., tuple[int, int]], *args) -> Callable[[], dict[str, tuple[int, int]]]:
+        return lambda: {name: run(*args)}
+
+    def bits(cfg: Config) -> dict[str, tuple[int, int]]:
+        found = flips(cfg, flip_count, rng("flips"))
+        total = tuple(map(sum, zip(*found.values(), strict=True)))
+        return {**{f"flips in {kind}": result for kind, result in found.items()}, "flips": total}
+
+    return {
+        "shard kills": one("shard kills", kills, shard, settings, kill_count, rng("shard kills")),
+        "precompute kills": one("precompute kills", kills, precompute, sharded, kill_count, rng("precompute kills")),
+        "flips": lambda: damaged(bits),
+        "truncated": lambda: damaged(lambda cfg: {"truncated": truncations(cfg)}),
+        "deleted": lambda: damaged(lambda cfg: {"deleted": deletions(cfg)}),
+        "repaired": lambda: damaged(lambda cfg: {"repaired": repairs(cfg, rng("repaired"))}),
+        "shard on a full disk": one("shard on a full disk", full_disk, shard, settings),
+        "precompute on a full disk": one("precompute on a full disk", full_disk, precompute, sharded),
+        "two of shard": one("two of shard", two_processes, shard, settings),
+        "two of precompute": one("two of precompute", two_processes, precompute, sharded),
+        "failing tasks": one("failing tasks", failing_tasks, settings, rng("failing tasks")),
+        "dying workers": one("dying workers", dying_workers, settings),
+    }
+
+
+def word(name: str) -> str:
+    """What the second number of a line counts."""
+    return "detected" if name.startswith(("flips", "truncated", "deleted")) else "identical"
 
 
 @contextlib.contextmanager
@@ -437,15 +474,32 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=20, help="of each stage")
     parser.add_argument("--flips", type=int, default=200, help="in each kind of file")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, help="where to write the result")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="some campaigns only")
+    parser.add_argument("--json", type=Path, help="where to write the result; with --only it is added to what is there")
     given = parser.parse_args()
-    found = campaign(given.kills, given.flips, given.seed)
-    wrong = [name for name, (done, right) in found.items() if done != right]
-    result = {**{name: f"{right}/{done}" for name, (done, right) in found.items()}, "ok": not wrong}
+    import_teacher()
+    every = campaigns(given.kills, given.flips, given.seed)
+    if unknown := sorted(set(given.only or ()) - every.keys()):
+        parser.error(f"there is no campaign '{unknown[0]}': choose from {', '.join(every)}")
+    found: dict[str, tuple[int, int]] = {}
+    for name in given.only or every:
+        with quiet():
+            results = every[name]()
+        for what, (done, right) in results.items():
+            print(f"{what} {done} {word(what)} {right}", flush=True)
+        found |= results
+    if {"shard kills", "precompute kills"} <= found.keys():
+        done, right = (sum(pair) for pair in zip(found["shard kills"], found["precompute kills"], strict=True))
+        print(f"kills {done} identical {right}")
+    result = {name: f"{right}/{done}" for name, (done, right) in found.items()}
+    if given.json:
+        before = json.loads(given.json.read_text()) if given.only and given.json.exists() else {}
+        result = {name: before.get(name) for name in before if name not in ("ok", *result)} | result
+    result["ok"] = all(len(set(text.split("/"))) == 1 for text in result.values())
     if given.json:
         given.json.write_text(json.dumps(result, indent=1) + "\n")
     print(f"RESULT {json.dumps(result)}")
-    return 1 if wrong else 0
+    return 0 if all(done == right for done, right in found.values()) else 1
 
 
 if __name__ == "__main__":

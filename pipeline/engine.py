@@ -1,11 +1,15 @@
 """How shard and precompute spread their tasks: Dask, on threads, on local processes, on a running scheduler or on
 workers that SLURM starts."""
 
+import errno
 import os
+import queue
 import shutil
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -17,6 +21,15 @@ if TYPE_CHECKING:
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 KINDS = ("threads", "processes", "scheduler", "slurm")
+# Failures of a disk or a network that may be gone a moment later.
+PASSING = (errno.EIO, errno.EAGAIN, errno.ESTALE, errno.ETIMEDOUT, errno.ECONNRESET, errno.EHOSTUNREACH, errno.EBUSY)
+ATTEMPTS = 3  # of a task that fails in such a way
+PAUSE = 1.0  # seconds before the second attempt, twice as many before the third
+CLUSTERS = 3  # local clusters that may lose all their workers before the stage gives up
+# Seconds without a single worker before that is an error; jobs may stand in SLURM's queue for as long as they like.
+PATIENCE = {"processes": 60.0, "scheduler": 300.0, "slurm": float("inf")}
+LOOK = 5.0  # seconds between two looks at the workers while no result arrives
+CLOSING = 30.0  # seconds for a cluster to close
 
 
 @dataclass
@@ -86,14 +99,37 @@ def run(
     Args:
         done: called in this process with each result as it arrives, in whatever order (progress, counting).
 
-    The first exception of a task is raised here; tasks already running are waited for, no new one starts.
+    A task that fails as disks and networks do for a moment is tried again, and so is one whose worker process died; so
+    tasks must be idempotent. Any other exception of a task is raised here, the first one; tasks already running are
+    waited for, no new one starts.
+
+    Raises:
+        UserError: a task's worker died each time, or no worker is left.
     """
     done = done or (lambda result: None)
     if not tasks:
         return []
     if engine.kind == "threads":
-        return _threads(engine.worker_count, function, tasks, done)
-    return _distributed(engine, function, tasks, done)
+        return _threads(engine.worker_count, Patient(function), tasks, done)
+    return _distributed(engine, Patient(function), tasks, done)
+
+
+@dataclass(frozen=True)
+class Patient:
+    """A function that is called again, up to `ATTEMPTS` times, if it fails in a way that may pass."""
+
+    function: Callable
+
+    def __call__(self, task):
+        for attempt in range(1, ATTEMPTS):
+            try:
+                return self.function(task)
+            except OSError as error:
+                if error.errno not in PASSING:
+                    raise
+                print(f"{error}: trying again ({attempt} of {ATTEMPTS - 1})", file=sys.stderr)
+                time.sleep(PAUSE * attempt)
+        return self.function(task)
 
 
 def _threads(workers: int, function, tasks, done) -> list:
@@ -142,14 +178,64 @@ class _Watch:
             self._changed.wait_for(lambda: self._running == 0)
 
 
-def _distributed(engine: EngineConfig, function, tasks, done) -> list:
-    from dask.distributed import as_completed
+class _NoWorkers(Exception):
+    """No worker is left to do the tasks."""
 
-    with _client(engine) as client:
-        futures = client.map(function, tasks, pure=False)
-        for future in as_completed(futures):
-            done(future.result())
-        return [future.result() for future in futures]
+
+def _distributed(engine: EngineConfig, function, tasks, done) -> list:
+    results: dict[int, Any] = {}
+    for _ in range(CLUSTERS if engine.kind == "processes" else 1):
+        try:
+            with _client(engine) as client:
+                _gather(client, PATIENCE[engine.kind], function, tasks, results, done)
+            return [results[number] for number in range(len(tasks))]
+        except _NoWorkers:
+            print(f"engine: all workers are gone with {len(tasks) - len(results)} tasks left", file=sys.stderr)
+    raise UserError(
+        f"engine.kind={engine.kind}: no worker is left for {len(tasks) - len(results)} of {len(tasks)} tasks:"
+        " see what ended them (memory?), then run again to go on from here"
+    )
+
+
+def _gather(client: "Client", patience: float, function, tasks, results: dict[int, Any], done) -> None:
+    """Adds the results of the tasks that have none yet.
+
+    Every wait has an end: Dask does not start a worker again that dies while it is being started (its nanny takes that
+    for a failed start and forgets it), and a client without workers would wait for ever.
+
+    Raises:
+        _NoWorkers: there has been none for `patience` seconds.
+    """
+    from dask.distributed import KilledWorker
+
+    arrived: queue.SimpleQueue = queue.SimpleQueue()
+    missing = [number for number in range(len(tasks)) if number not in results]
+    pending = dict(zip(missing, client.map(function, [tasks[number] for number in missing], pure=False), strict=True))
+    for number, future in pending.items():
+        future.add_done_callback(lambda _, number=number: arrived.put(number))
+    seen = time.monotonic()
+    while pending:
+        try:
+            number = arrived.get(timeout=LOOK)
+            results[number] = pending[number].result(timeout=LOOK)
+        except (queue.Empty, TimeoutError) as error:
+            if isinstance(error, TimeoutError):
+                if pending[number].status == "error":
+                    raise  # the task's own
+                arrived.put(number)  # the result was lost with its worker and is on its way again
+            if client.nthreads():
+                seen = time.monotonic()
+            elif time.monotonic() - seen > patience:
+                raise _NoWorkers from error
+            continue
+        except KilledWorker as error:
+            raise UserError(
+                f"task {number + 1} of {len(tasks)} ended its worker process again and again (memory?):"
+                " give more memory or fewer workers, then run again to go on from here"
+            ) from error
+        seen = time.monotonic()
+        del pending[number]
+        done(results[number])
 
 
 @contextmanager
@@ -172,11 +258,13 @@ def _client(engine: EngineConfig) -> Iterator["Client"]:
             yield client
         return
     # One thread per process: a worker keeps one model, and the math libraries have threads of their own.
-    with (
-        LocalCluster(n_workers=engine.worker_count, threads_per_worker=1, dashboard_address=None) as cluster,
-        Client(cluster) as client,
-    ):
-        yield client
+    cluster = LocalCluster(n_workers=engine.worker_count, threads_per_worker=1, dashboard_address=None)
+    try:
+        with Client(cluster) as client:
+            yield client
+    finally:
+        with suppress(TimeoutError):  # its processes are daemons and end with this one
+            cluster.close(timeout=CLOSING)
 
 
 def slurm_script(engine: EngineConfig) -> str:

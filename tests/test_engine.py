@@ -1,10 +1,15 @@
 """The engine: order, progress, failures, on threads and on processes."""
 
+import errno
 import math
+import os
+import signal
 import subprocess
 import sys
 import threading
 import time
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -81,6 +86,91 @@ def test_processes_give_the_same_results():
     assert sorted(seen) == [0, 1, 4, 9, 16]
     with pytest.raises(ValueError, match="three"):
         run(EngineConfig(kind="processes", workers=1), _fail_at_three, list(range(6)))
+
+
+# --- tasks and workers that fail now and then ---
+
+
+def test_what_may_pass_is_tried_again(monkeypatch, capsys):
+    monkeypatch.setattr(engine, "PAUSE", 0.01)
+    calls = []
+
+    def task(number: int) -> int:
+        calls.append(number)
+        if calls.count(number) < number:
+            raise OSError(errno.EIO, "a disk that fails for a moment")
+        return number
+
+    assert run(EngineConfig(workers=1), task, [1, 2, 3]) == [1, 2, 3]
+    assert "for a moment: trying again (2 of 2)" in capsys.readouterr().err
+    with pytest.raises(OSError, match="for a moment"):
+        run(EngineConfig(workers=1), task, [9])
+    assert calls.count(9) == engine.ATTEMPTS
+
+    def full(number: int) -> None:
+        calls.append("full")
+        raise OSError(errno.ENOSPC, "no space")
+
+    with pytest.raises(OSError, match="no space"):
+        run(EngineConfig(workers=1), full, [0])
+    assert calls.count("full") == 1
+
+
+@pytest.fixture
+def clusters(monkeypatch):
+    """Clusters in this process, of as many workers as the list says, one after the other."""
+    from dask.distributed import Client, LocalCluster
+
+    sizes = []
+
+    @contextmanager
+    def client(_):
+        options = {"threads_per_worker": 1, "processes": False, "dashboard_address": None}
+        with LocalCluster(n_workers=sizes.pop(0), **options) as cluster, Client(cluster) as found:
+            yield found
+
+    monkeypatch.setattr(engine, "_client", client)
+    monkeypatch.setattr(engine, "LOOK", 0.1)
+    monkeypatch.setitem(engine.PATIENCE, "processes", 0.2)
+    return sizes
+
+
+def test_a_cluster_without_workers_is_replaced(clusters, capsys):
+    clusters += [0, 1]
+    seen = []
+    assert run(EngineConfig(kind="processes"), _square, [1, 2, 3], seen.append) == [1, 4, 9]
+    assert sorted(seen) == [1, 4, 9]
+    assert "all workers are gone with 3 tasks left" in capsys.readouterr().err
+
+
+def test_no_workers_at_all_is_one_line(clusters):
+    clusters += [0] * engine.CLUSTERS
+    with pytest.raises(UserError, match="no worker is left for 3 of 3 tasks"):
+        run(EngineConfig(kind="processes"), _square, [1, 2, 3])
+
+
+def _die_once(mark: Path) -> str:
+    if not mark.exists():
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return mark.name
+
+
+def _die(_: int) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.full
+def test_tasks_of_a_worker_that_died_are_done_by_another(tmp_path):
+    assert run(EngineConfig(kind="processes", workers=2), _die_once, [tmp_path / f"{n}" for n in range(4)]) == list(
+        "0123"
+    )
+
+
+@pytest.mark.full
+def test_a_task_that_always_ends_its_worker_is_one_line():
+    with pytest.raises(UserError, match=r"task 1 of 1 ended its worker|no worker is left"):
+        run(EngineConfig(kind="processes", workers=1), _die, [0])
 
 
 # --- SLURM ------------------------------------------------------------------------------------------------------------

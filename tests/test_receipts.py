@@ -130,10 +130,16 @@ def test_children(made, tmp_path):
 
 
 def test_a_read_back_that_differs_is_refused(tmp_path):
-    (tmp_path / "x").write_bytes(b"x")
+    (tmp_path / "x").write_bytes(b"x" * 3_000_000)
+    sound = receipts.Written(receipts.file_sha256(tmp_path / "x"), receipts.file_crc32c(tmp_path / "x"))
+    (tmp_path / "x").write_bytes(b"x" * 2_999_999 + b"y")
+    given = {"stage": "t", "settings": {}, "files": [tmp_path / "x"], "written": {"x": sound}}
     with pytest.raises(receipts.Damaged, match="reads back"):
-        receipts.write(tmp_path / "r.json", stage="t", settings={}, files=[tmp_path / "x"], expected={"x": "00"})
+        receipts.write(tmp_path / "r.json", **given)
     assert not (tmp_path / "r.json").exists()
+    (tmp_path / "x").write_bytes(b"x" * 3_000_000)
+    receipts.write(tmp_path / "r.json", **given)
+    receipts.check(tmp_path / "r.json", full=True)
 
 
 def test_commit_dir_replaces(tmp_path):

@@ -1,6 +1,5 @@
 """The shard stage: every input of a source into tars, one Dask task per tar; nothing is lost, nothing is done twice."""
 
-import errno
 import time
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline import receipts
 from pipeline.archive import status
 from pipeline.archive.duplicates import images, refuse_evaluation, repeated
-from pipeline.errors import UserError
+from pipeline.errors import UserError, room_in
 from pipeline.layout import Layout
 from pipeline.sources import open_source
 
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
     from pipeline.sources.base import Source
 
 
-DISK_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 SUMS = ("inputs", "examples", "failed", "image_bytes", "chars")
 
 
@@ -42,14 +40,8 @@ def shard(cfg: "Config") -> StageResult:
         UserError: the source is missing or empty, the folder is held by another process, the cache was made with
             other settings, or more than `data.max_failed` of the inputs failed.
     """
-    try:
+    with room_in(cfg.shards_dir):
         return _shard(cfg, Layout(cfg))
-    except OSError as error:
-        if error.errno not in DISK_FULL:
-            raise
-        raise UserError(
-            f"{cfg.shards_dir}: no space is left ({error.strerror}): make room, then run again to go on from here"
-        ) from error
 
 
 def _shard(cfg: "Config", layout: Layout) -> StageResult:

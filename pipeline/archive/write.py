@@ -12,9 +12,13 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+import google_crc32c
 
 from pipeline import receipts
 from pipeline.examples import (
@@ -32,6 +36,10 @@ from pipeline.regions import check_regions
 from pipeline.sources.base import RawItem, Source, read_image
 
 _BLOCK = 512
+_PLAIN = tarfile.TarInfo().tobuf(tarfile.USTAR_FORMAT)
+_HEADER = _PLAIN[:148] + bytes(8) + _PLAIN[156:]
+_SPACES = 8 * ord(" ")  # the checksum counts its own place as spaces
+_FLUSH = 8 << 20  # bytes between two flushes of a tar that is being written
 
 
 @dataclass(frozen=True)
@@ -137,7 +145,7 @@ def write_rows(job: Job, inputs: Iterable[tuple[Row, Example | None]]) -> receip
         files=[tar_path, table_path],
         counts=_counts(rows),
         seconds=time.monotonic() - began,
-        expected={tar_path.name: tar.sha256},
+        written={tar_path.name: tar.written},
         durable=True,
     )
 
@@ -201,8 +209,16 @@ def _meta(item: RawItem, texts: list[str], root: Path | None) -> dict[str, Any]:
             raise InvalidExample("bad_regions", str(error)) from error
     known = {"id": item.id}
     if isinstance(item.image, Path) and root is not None:
-        known["image"] = Path(os.path.relpath(item.image, root)).as_posix()
+        known["image"] = _below(item.image, root)
     return {**known, **meta}
+
+
+def _below(path: Path, root: Path) -> str:
+    """The name of a file relative to `root`, with slashes."""
+    place, folder = path.as_posix(), f"{root.as_posix().rstrip('/')}/"
+    if place.startswith(folder) and ".." not in path.parts:
+        return place[len(folder) :]
+    return Path(os.path.relpath(path, root)).as_posix()
 
 
 def _add(tar: "TarWriter", row: Row, example: Example) -> None:
@@ -254,15 +270,35 @@ def write_table(rows: list[Row], path: Path) -> None:
     receipts.write_file(path, sink.getvalue().to_pybytes())
 
 
+def header(name: str, size: int) -> bytes:
+    """The header of a regular file in a POSIX tar, as `tarfile` writes it: mode 0644, no owner, time 0."""
+    block = bytearray(_HEADER)
+    block[: len(name)] = name.encode("ascii")
+    block[124:136] = b"%011o\0" % size
+    block[148:156] = b"%06o\0 " % (sum(block) + _SPACES)
+    return bytes(block)
+
+
 class TarWriter:
-    """A POSIX tar written to a temporary name; leaving the context without an error gives it its own."""
+    """A POSIX tar written to a temporary name; leaving the context without an error gives it its own.
+
+    While members are added, a thread flushes to the disk what is written already; otherwise the stage would stand still
+    at the end of every shard for as long as the disk needs for all of it.
+    """
 
     def __init__(self, path: Path):
         self.path = path
-        self.sha256 = ""
+        self._crc32c = 0
         self._tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         self._hash = hashlib.sha256()
-        self._offset = 0
+        self._offset = self._flushed = 0
+        self._flusher = ThreadPoolExecutor(1, "flush")
+        self._flush: Future | None = None
+
+    @property
+    def written(self) -> receipts.Written:
+        """Of all that has been written."""
+        return receipts.Written(self._hash.hexdigest(), self._crc32c)
 
     def __enter__(self) -> "TarWriter":
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -271,9 +307,7 @@ class TarWriter:
 
     def add(self, name: str, data: bytes) -> int:
         """Appends a file; returns the offset of its data."""
-        header = tarfile.TarInfo(name)  # mode 0644, no owner, time 0
-        header.size = len(data)
-        self._put(header.tobuf(tarfile.USTAR_FORMAT))
+        self._put(header(name, len(data)))
         offset = self._offset
         self._put(data)
         self._put(bytes(-len(data) % _BLOCK))
@@ -282,15 +316,34 @@ class TarWriter:
     def _put(self, data: bytes) -> None:
         self._file.write(data)
         self._hash.update(data)
+        self._crc32c = google_crc32c.extend(self._crc32c, data)
         self._offset += len(data)
+        if self._offset - self._flushed >= _FLUSH and (self._flush is None or self._flush.done()):
+            self._flush_behind()
+
+    def _flush_behind(self) -> None:
+        """Starts to flush what is written so far; raises what the last time came to."""
+        if self._flush is not None:
+            self._flush.result()
+        self._file.flush()
+        self._flushed = self._offset
+        self._flush = self._flusher.submit(os.fdatasync, self._file.fileno())
 
     def __exit__(self, kind: type | None, *_: object) -> None:
-        if kind is None:
-            self._put(bytes(2 * _BLOCK))
-            self._put(bytes(-self._offset % tarfile.RECORDSIZE))
-        self._file.close()
-        if kind is None:
-            self.sha256 = self._hash.hexdigest()
+        sound = False
+        try:
+            if kind is None:
+                self._put(bytes(2 * _BLOCK))
+                self._put(bytes(-self._offset % tarfile.RECORDSIZE))
+                if self._flush is not None:
+                    self._flush.result()
+                self._file.flush()
+                sound = True
+        finally:
+            self._flusher.shutdown()
+            with suppress(OSError):  # all of a sound one is written; on a full disk closing tries once more
+                self._file.close()
+            if not sound:
+                self._tmp.unlink(missing_ok=True)
+        if sound:
             receipts.commit_file(self._tmp, self.path)
-        else:
-            self._tmp.unlink(missing_ok=True)

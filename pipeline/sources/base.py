@@ -167,22 +167,41 @@ def read_image(item: RawItem, root: Path | None, follow_links: bool) -> bytes | 
     return data
 
 
-@lru_cache(maxsize=64)
-def _real(root: Path) -> str:
-    return os.path.realpath(root)
+@lru_cache(maxsize=4096)
+def _real(folder: str) -> str:
+    return os.path.realpath(folder)
+
+
+def _within(path: str, folder: str) -> bool:
+    return path.startswith(folder.rstrip(os.sep) + os.sep) or path == folder
+
+
+def _check_place(path: Path, root: Path, follow_links: bool) -> None:
+    """Raises InvalidExample if a path leads out of `root`, by its name or (without `follow_links`) by a link."""
+    path, root = path.absolute(), root.absolute()
+    if not _within(os.path.normpath(path), os.path.normpath(root)):
+        raise InvalidExample("outside_root", f"{os.path.relpath(path, root)} leads out of the image folder")
+    if follow_links:
+        return
+    # Links of a folder are followed once for all files in it; not so with "..", which may come after a link.
+    plain = ".." not in path.parts and not path.is_symlink()
+    real = f"{_real(str(path.parent)).rstrip(os.sep)}{os.sep}{path.name}" if plain else os.path.realpath(path)
+    if not _within(real, _real(str(root))):
+        name = os.path.relpath(path, root)
+        raise InvalidExample("outside_root", f"{name} is a link out of the image folder (data.follow_links=true)")
 
 
 def _read_file(path: Path, root: Path | None, follow_links: bool) -> bytes:
-    name = os.path.relpath(path, root) if root else str(path)
     if root is not None:
-        if not Path(os.path.normpath(path)).is_relative_to(os.path.normpath(root)):
-            raise InvalidExample("outside_root", f"{name} leads out of the image folder")
-        if not follow_links and not Path(os.path.realpath(path)).is_relative_to(_real(root)):
-            raise InvalidExample("outside_root", f"{name} is a link out of the image folder (data.follow_links=true)")
+        _check_place(path, root, follow_links)
     try:
         return path.read_bytes()
     except FileNotFoundError as error:
-        raise InvalidExample("missing_image", f"{name} does not exist") from error
+        raise InvalidExample("missing_image", f"{_name(path, root)} does not exist") from error
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or type(error).__name__
-        raise InvalidExample("unreadable_image", f"{name}: {reason}") from error
+        raise InvalidExample("unreadable_image", f"{_name(path, root)}: {reason}") from error
+
+
+def _name(path: Path, root: Path | None) -> str:
+    return os.path.relpath(path, root) if root else str(path)

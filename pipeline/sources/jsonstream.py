@@ -115,25 +115,32 @@ def _elements(path: Path, offset: int, line: int, keyed: bool = False) -> Iterat
 
     decode = codecs.getincrementaldecoder("utf-8")()
     text, position, ended = "", 0, False
+    told = 0  # `offset` and `line` are those of this place of the text
 
     def broken(reason: str, where: int) -> UserError:
-        return UserError(
-            f"{path}: broken JSON in line {line + text.count(chr(10), 0, where)}: {reason}: repair the file"
-        )
+        here = line + text.count("\n", told, where)
+        return UserError(f"{path}: broken JSON in line {here}: {reason}: repair the file")
+
+    def advance() -> None:
+        """Moves `offset` and `line` on to `position`, a record at a time: from the beginning would be quadratic."""
+        nonlocal offset, line, told
+        passed = text[told:position]
+        offset += len(passed.encode())
+        line += passed.count("\n")
+        told = position
 
     with path.open("rb") as handle:
         handle.seek(offset)
 
         def more() -> bool:
-            nonlocal text, position, offset, line, ended
+            nonlocal text, position, told, ended
             block = handle.read(_BLOCK)
             try:
                 fresh = decode.decode(block, final=not block)
             except UnicodeDecodeError as error:
                 raise broken(f"not UTF-8 ({error.reason})", len(text)) from error
-            offset += len(text[:position].encode())
-            line += text.count("\n", 0, position)
-            text, position = text[position:] + fresh, 0
+            advance()
+            text, position, told = text[position:] + fresh, 0, 0
             ended = not block
             return not ended
 
@@ -163,5 +170,6 @@ def _elements(path: Path, offset: int, line: int, keyed: bool = False) -> Iterat
             if cut and not ended:
                 more()
                 continue
-            yield offset + len(text[:position].encode()), line + text.count("\n", 0, position), value
+            advance()
+            yield offset, line, value
             position = end

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline import engine, receipts
 from pipeline.engine import EngineConfig
-from pipeline.errors import UserError
+from pipeline.errors import UserError, room_in
 from pipeline.layout import Layout
 from pipeline.progress import Progress
 from pipeline.teacher import status
@@ -35,8 +35,14 @@ def precompute(cfg: "Config") -> StageResult:
 
     Raises:
         UserError: examples or weights are missing, the folder is held by another process, the maps were made with
-            other settings, a map is not finite, or more than `data.max_failed` of the examples failed.
+            other settings, a map is not finite, more than `data.max_failed` of the examples failed, or the disk is
+            full.
     """
+    with room_in(cfg.shards_dir):
+        return _precompute(cfg)
+
+
+def _precompute(cfg: "Config") -> StageResult:
     began = time.monotonic()
     if status.up_to_date(cfg):
         counts = _add_up([receipts.load(status.manifest(cfg, split)).counts for split in cfg.teacher.splits])
