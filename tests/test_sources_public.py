@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -223,6 +224,126 @@ def test_any_table(tmp_path):
         items(kind="hf", path=str(tmp_path / "bad.parquet"))
     with pytest.raises(UserError, match=r"no/such|does not exist"):
         items(kind="hf", path="no/such/thing")
+
+
+def arrow(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    found = pa.Table.from_pylist(rows)
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, found.schema) as writer:
+        writer.write_table(found, max_chunksize=2)
+    return path
+
+
+ROWS = [{"picture": f"{n}.png", "q": f'Q{n}, "odd"\nindeed?', "a": f"0{n}"} for n in range(5)]
+COLUMNS = {"image": "picture", "question": "q", "answer": "a"}
+
+
+def as_csv(path, rows, separator=","):
+    import csv
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8-sig", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), delimiter=separator)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+FORMATS = {
+    "parquet": lambda path: table(path / "x.parquet", ROWS, row_group_size=2),
+    "arrow": lambda path: arrow(path / "x.arrow", ROWS),
+    "json": lambda path: (path / "x.json").write_text(json.dumps(ROWS)),
+    "jsonl": lambda path: (path / "x.jsonl").write_text("\n".join(map(json.dumps, ROWS))),
+    "csv": lambda path: as_csv(path / "x.csv", ROWS),
+    "tsv": lambda path: as_csv(path / "x.tsv", ROWS, "\t"),
+}
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_tables_of_every_format(tmp_path, form):
+    FORMATS[form](tmp_path)
+    found = items(kind="hf", path=str(tmp_path), columns=COLUMNS)
+    assert [item.image for item in found] == [tmp_path / f"{n}.png" for n in range(5)]
+    assert [texts(item) for item in found] == [[row["q"], row["a"]] for row in ROWS]
+    with pytest.raises(UserError, match=r"photo.*columns picture, q, a"):
+        items(kind="hf", path=str(tmp_path), columns={"image": "photo"})
+    (tmp_path / f"x.{form}").write_bytes(b'\xff"{')
+    with pytest.raises(UserError, match=rf"x\.{form}"):
+        items(kind="hf", path=str(tmp_path / f"x.{form}"), columns=COLUMNS)
+
+
+def test_a_broken_line_of_a_table_is_one_failed_input(tmp_path):
+    (tmp_path / "x.jsonl").write_text('{"question": "Q", "answer": "A"}\n{"question": \n[1]\n')
+    found = items(kind="hf", path=str(tmp_path))
+    assert [item.failure and item.failure.status for item in found] == [None, "bad_json", "bad_record"]
+    assert "line 2" in found[1].failure.reason
+
+
+def test_names_of_files_tell_their_split(tmp_path):
+    """As `DatasetDict.save_to_disk` and the hub lay them out; held-out files must not become train."""
+    saved = tmp_path / "saved"
+    for number, split in enumerate(("train", "validation", "test")):
+        arrow(saved / split / "data-00000-of-00001.arrow", ROWS[number : number + 1])
+        (saved / split / "dataset_info.json").write_text("{}")
+        table(tmp_path / "hub" / f"{split}-00000-of-00001.parquet", ROWS[number : number + 1])
+    (saved / "dataset_dict.json").write_text("{}")
+    for folder in (saved, tmp_path / "hub"):
+        settings = {"kind": "hf", "path": str(folder), "columns": COLUMNS}
+        assert open_source(DataConfig(name="d", **settings), None).splits() == ["train", "test", "val"]
+        assert [texts(items(split, **settings)[0])[1] for split in ("train", "val", "test")] == ["00", "01", "02"]
+    table(tmp_path / "plain" / "0.parquet", ROWS)
+    assert len(items(kind="hf", path=str(tmp_path / "plain"), columns=COLUMNS)) == 5
+
+
+def test_a_folder_of_images(tmp_path):
+    for name in ("cats/train/black_cat/0.png", "cats/train/dog/1.png", "cats/test/dog/2.png", "cats/train/3.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(png())
+    found = items(kind="hf", path=str(tmp_path / "cats"), prompt="What is it?")
+    assert [item.failure.status if item.failure else texts(item) for item in found] == [
+        "missing_text", ["What is it?", "black cat"], ["What is it?", "dog"],
+    ]  # fmt: skip
+    assert [item.id for item in items("test", kind="hf", path=str(tmp_path / "cats"))] == ["test/dog/2.png"]
+    rows = [{"file_name": "dog/1.png", "caption": "A dog."}, {"file_name": "no.png", "caption": "None."}]
+    as_csv(tmp_path / "cats/train/metadata.csv", rows)
+    found = items(kind="hf", path=str(tmp_path / "cats"))
+    assert [(item.image.relative_to(tmp_path / "cats").as_posix(), texts(item)[1]) for item in found] == [
+        ("train/dog/1.png", "A dog."), ("no.png", "None."),
+    ]  # fmt: skip
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="neither tables"):
+        items(kind="hf", path=str(tmp_path / "empty"))
+
+
+def test_a_data_set_of_the_hub(tmp_path, monkeypatch):
+    """What the hub answers is made up here; there is no network."""
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError, RevisionNotFoundError
+
+    asked = []
+
+    def snapshot_download(name, repo_type, revision, allow_patterns):
+        asked.append((name, repo_type, revision, allow_patterns[0]))
+        if revision:
+            raise RevisionNotFoundError("no such branch", response=SimpleNamespace(headers={}, request=None))
+        (tmp_path / "snapshot").mkdir(exist_ok=True)
+        if "*.jsonl" in allow_patterns:
+            FORMATS["jsonl"](tmp_path / "snapshot")
+        return str(tmp_path / "snapshot")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.chdir(tmp_path)
+    found = items(kind="hf", path="owner/name", columns=COLUMNS)
+    assert len(found) == 5
+    assert asked[:2] == [
+        ("owner/name", "dataset", None, "*.parquet"), ("owner/name", "dataset", "refs/convert/parquet", "*.parquet")
+    ]  # fmt: skip
+
+    def offline(*_, **__):
+        raise LocalEntryNotFoundError("cannot reach the hub\nand more")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    with pytest.raises(UserError, match=r"'owner/name' cannot be fetched from the hub: cannot reach the hub$"):
+        items(kind="hf", path="owner/name")
 
 
 # --- OCR-VQA ---

@@ -6,6 +6,7 @@ question, `chosen` a turn) as a table or as JSON with image files.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.sources.base import FileSource, RawItem, needs_path, one_turn, split_files
@@ -44,8 +45,8 @@ def chosen(row: Mapping[str, Any]) -> dict[str, Any] | None:
 class Rows(Table):
     """The parquet forms."""
 
-    def item(self, number: int, row: Mapping[str, Any]) -> RawItem:
-        return super().item(number, {**row, "id": row.get("id", row.get("idx"))})
+    def item(self, number: int, row: Mapping[str, Any], folder: Path | None = None) -> RawItem:
+        return super().item(number, {**row, "id": row.get("id", row.get("idx"))}, folder)
 
     def record(self, row: Mapping[str, Any]) -> dict[str, Any] | None:
         return chosen(row)
