@@ -5,6 +5,7 @@ import math
 import pytest
 
 from pipeline.evaluate.graded import CiderD, anls, caption_words, vqa_accuracy, vqa_words
+from pipeline.evaluate.harness import right
 from pipeline.evaluate.scoring import Scorer
 
 
@@ -68,9 +69,22 @@ def test_cider_weighs_words_by_how_few_images_have_them():
 def test_a_task_can_name_its_scorer():
     golds = [("two", "2", "three"), ("yes",)]
     found = Scorer("vqa", golds)("other", "The two.", golds[0], True)
-    assert (found.scorer, found.value, found.correct, found.failure) == ("vqa-1", pytest.approx(4 / 9), False, "")
+    assert (found.scorer, found.value, found.correct, found.failure) == ("vqa-2", pytest.approx(4 / 9), False, "")
     assert Scorer("anls", golds)("other", "", golds[0], True).failure == "empty"
+    assert not Scorer("anls", golds)("other", "", golds[0], True).correct
     assert Scorer("choice", golds)("other", "(B) two", ("B",), True).correct
     by_kind = Scorer("", golds)
     assert by_kind("list", "b and a", ("a, b",), True).correct
     assert by_kind("yesno", "No.", ("no",), True).value == 1
+
+
+def test_a_scorer_says_from_which_grade_on_an_answer_is_right():
+    """ANLS and VQA accuracy from one half on; CIDEr-D has no such grade."""
+    near = Scorer("anls", [("0123456789",)])("other", "0123456xx9", ("0123456789",), True)
+    assert (near.value, near.correct) == (pytest.approx(0.8), True)
+    assert Scorer("anls", [("0123456789",)])("other", "0123xxxxxx", ("0123456789",), True).correct is False
+    people = ["two"] * 2 + [f"another {i}" for i in range(8)]
+    assert Scorer("vqa", [people])("other", "two", people, True).correct is True
+    assert Scorer("vqa", [people])("other", "another 1", people, True).correct is False
+    assert Scorer("cider", [("cat",), ("dog",)])("caption", "cat", ("cat",), True).correct is None
+    assert [right(score) for score in (0.5, 0.49, 1, 3.2, None)] == [True, False, True, None, None]

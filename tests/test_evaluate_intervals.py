@@ -1,9 +1,13 @@
 """Intervals: exact values where they are known, and calibration on simulated comparisons of equals."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from pipeline.evaluate import intervals
+from pipeline.evaluate.compare import Grid, difference
 
 
 def test_t_matches_tables():
@@ -72,6 +76,40 @@ def test_equal_arms_are_seldom_called_different():
     for trial in range(200):
         (first, second), clusters = _clustered(rng, 2)
         called += intervals.paired(first, second, clusters, draws=600, seed=trial).real
+    assert called <= 14
+
+
+RECORDED = Path(__file__).parent / "answers.json"  # right and wrong of five seeds of two arms of the demo, by question
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_real_answers_of_equal_arms_are_seldom_called_different(seeds):
+    """200 pairs made of recorded answers of one arm, compared as the table compares arms; images are drawn anew.
+
+    One seed: each image's answers by two seeds are given to the two sides at random, so that the sides are equal. Two
+    seeds a side: four different seeds of the arm, whose own differences the interval has to cover.
+    """
+    told = json.loads(RECORDED.read_text())
+    image_N = np.array(told["images"])
+    rows = [np.flatnonzero(image_N == image) for image in range(image_N.max() + 1)]
+    right = {name: np.array(list(text), float) for name, text in told["right"].items()}
+    rng = np.random.default_rng(7)
+    called = different = 0
+    for trial in range(200):
+        drawn = rng.integers(len(rows), size=len(rows) // 2)
+        order = np.concatenate([rows[image] for image in drawn])
+        cluster = np.repeat(range(len(drawn)), [len(rows[image]) for image in drawn])
+        arm, picked = ("sft", "lavender")[trial % 2], rng.permutation(5)[: 2 * seeds] + 1
+        first, second = np.array([right[f"{arm}-{seed}"][order] for seed in picked]).reshape(2, seeds, -1)
+        if seeds == 1:
+            swap = rng.random(len(drawn))[cluster] < 0.5
+            first, second = np.where(swap, first, second), np.where(swap, second, first)
+        names = tuple(map(str, range(len(order))))
+        sides = [Grid(tuple(range(seeds)), values, names, tuple(cluster)) for values in (first, second)]
+        found = difference(*sides)
+        called += found.real
+        different += found.value != 0
+    assert different > 150
     assert called <= 14
 
 

@@ -200,6 +200,25 @@ def test_mistakes_show_what_was_lost_first():
     assert gallery.mistakes({"sft": {"c": row(True)}}, lambda uid: None) is None
 
 
+def test_the_lowest_scores_come_first_and_a_good_one_is_no_mistake():
+    """ANLS 0.8 is not listed; of what is wrong the lowest score comes first, before what was lost."""
+
+    def row(score, correct):
+        told = {"prompt": "q", "task": "doc", "kind": "k", "gold": "g", "raw": "said", "failure": ""}
+        return told | {"score": score, "correct": correct}
+
+    sft = {"near": row(1.0, True), "half": row(1.0, True), "none": row(0.0, False), "good": row(1.0, True)}
+    lavender = {"near": row(0.4, False), "half": row(0.2, False), "none": row(0.0, False), "good": row(0.8, True)}
+    found = gallery.mistakes({"sft": sft, "lavender": lavender}, lambda uid: None)
+    assert (found["wrong"], found["asked"], found["lost"]) == (3, 4, 2)
+    verdicts = [one["said"][1]["verdict"] for one in found["rows"]]
+    assert verdicts == ["wrong", "wrong, 0.20", "wrong, 0.40"]
+    captions = {"a": row(1.7, None), "b": row(0.3, None), "c": row(0.9, None)}
+    found = gallery.mistakes({"lavender": captions}, lambda uid: None, count=2)
+    assert (found["wrong"], found["asked"]) == (0, 3)
+    assert [one["said"][0]["verdict"] for one in found["rows"]] == ["graded, 0.30", "graded, 0.90"]
+
+
 def test_words_of_the_gallery():
     def maps(name, *uids):
         return gallery.Maps(name, {uid: {"task": uid[0]} for uid in uids}, {}, {})

@@ -16,6 +16,7 @@ import numpy as np
 
 from pipeline.errors import UserError
 from pipeline.evaluate.config import EvalConfig
+from pipeline.evaluate.scoring import passes
 
 TOTALS = "totals.json"
 CLOSE = 1e-6
@@ -64,6 +65,11 @@ def is_mean(total: float, scores: Sequence[float]) -> bool:
         return False
     mean = float(np.mean(scores))
     return any(abs(unit * mean - total) <= CLOSE * max(1.0, abs(total)) for unit in (1, 100))
+
+
+def right(score: float | None) -> bool | None:
+    """Whether a sample that a harness gave ``score`` counts as right: half of a share or more; None for points."""
+    return passes(score) if score is not None and 0 <= score <= 1 else None
 
 
 def save(folder: Path, totals: Mapping[str, Total]) -> Path:

@@ -241,8 +241,8 @@ def _leaf(results: Mapping, model, task: str) -> tuple[list[dict], Total]:
                 "prompt": str(sample["arguments"][0]) if sample["arguments"] else "",
                 "gold": sample["target"] if isinstance(sample["target"], str) else json.dumps(sample["target"]),
                 "raw": kept.get("raw", ""),
-                "answer": _first(sample["filtered_resps"]),
-                "correct": score is not None and score >= 1,
+                "answer": _answer(sample),
+                "correct": harness.right(score),
                 "score": None if score is None else round(float(score), 6),
                 "failure": kept.get("problem", "") or ("" if kept.get("raw", "-").strip() else "empty"),
                 "images": kept.get("images", 1),
@@ -310,6 +310,18 @@ def _kept(model, task: str, sample: Mapping) -> Mapping:
     """What the model kept about a sample's first request; nothing for tasks scored by likelihood."""
     split = model.tasks[task].config.test_split or model.tasks[task].config.validation_split
     return model.rows.get(f"{task}/{split}/{sample['doc_id']}:0", {})
+
+
+def _answer(sample: Mapping) -> str:
+    """What the filters left of an output; of choices scored by their loss, the one with the lowest."""
+    found = sample["filtered_resps"]
+    if len(found) > 1 and all(isinstance(one, (list, tuple)) and len(one) == 2 for one in found):
+        losses, told = (
+            [float(loss) for loss, _ in found],
+            sample["arguments"],
+        )  # the requests' arguments, one after another
+        return str(told[losses.index(min(losses)) * (len(told) // len(found)) + 1]).strip()
+    return _first(found)
 
 
 def _first(found) -> str:

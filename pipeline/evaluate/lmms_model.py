@@ -89,7 +89,11 @@ class Lavender(lmms):
         return [_cut(self.rows[one.uid]["raw"], one.until) for one in asked]
 
     def loglikelihood(self, requests) -> list[tuple[float, bool]]:
-        """(log-probability of the continuation, whether greedy decoding would give it) for each request."""
+        """(loss, whether greedy decoding would give it) of each request's continuation.
+
+        The loss is the mean negative log-probability of its tokens, as lmms-eval's own models return it: despite the
+        method's name the harness takes the choice with the LOWEST number.
+        """
         found = []
         for request in requests:
             text, continuation, look, number, task, split = request.args
@@ -146,7 +150,7 @@ class Lavender(lmms):
         try:
             item = family.encode_one(example)
         except EncodeError:
-            return float("-inf"), False
+            return float("inf"), False
         labels = item.labels.clone()
         learnt = (labels != IGNORED).nonzero().flatten()
         if len(learnt) > 1 and int(labels[learnt[-1]]) in family.special:
@@ -158,8 +162,8 @@ class Lavender(lmms):
         scored_L = wanted_L != IGNORED
         logs_NV = logits_LV[scored_L].log_softmax(-1)
         told_N = wanted_L[scored_L]
-        total = float(logs_NV.gather(1, told_N[:, None]).sum())
-        return total, bool((logs_NV.argmax(-1) == told_N).all())
+        loss = -float(logs_NV.gather(1, told_N[:, None]).mean())
+        return loss, bool((logs_NV.argmax(-1) == told_N).all())
 
 
 class _Examples:

@@ -13,7 +13,11 @@ EXACT = "exact-1"
 LIST = "set-1"
 YESNO = "yesno-1"
 CHOICE = "choice-1"
-ANLS, VQA, CIDER = "anls-1", "vqa-1", "cider-d-1"
+ANLS, VQA, CIDER = "anls-2", "vqa-2", "cider-d-2"
+HALF = 0.5
+# From which grade on an answer counts as right in lists of mistakes; the grade itself is what is averaged. One half is
+# ANLS's own threshold, and for VQA two of ten people who agree. CIDEr-D has no threshold: no caption is right or wrong.
+RIGHT_FROM = {"anls": HALF, "vqa": HALF, "cider": None}
 YES_NO = ("pope", "yesno")  # kinds of question whose answer is yes or no
 
 
@@ -22,11 +26,12 @@ class Score:
     """What was understood of an output (``answer``), whether it is right, and why nothing could be understood.
 
     ``failure`` is empty where the output could be read; else the answer counts as wrong AND as a parse failure.
-    ``grade`` is what a scorer between right and wrong gives; without it ``value`` is 1 or 0.
+    ``grade`` is what a scorer between right and wrong gives; without it ``value`` is 1 or 0. ``correct`` is None where
+    a scorer only grades.
     """
 
     answer: str
-    correct: bool
+    correct: bool | None
     scorer: str
     failure: str = ""
     grade: float | None = None
@@ -124,4 +129,10 @@ class Scorer:
         answer = " ".join(raw.split())
         failure = "" if answer else "empty"
         grade = 0.0 if failure else self._grade(answer, golds)
-        return Score(answer, grade >= 1, VERSIONS[self.name], failure, grade)
+        right = False if failure else passes(grade, RIGHT_FROM[self.name])
+        return Score(answer, right, VERSIONS[self.name], failure, grade)
+
+
+def passes(grade: float | None, threshold: float | None = HALF) -> bool | None:
+    """Whether a grade reaches the threshold; None where one of the two is missing."""
+    return None if grade is None or threshold is None else grade >= threshold

@@ -158,7 +158,8 @@ def _student(cfg: Config, job: Job, folder: Path, name: str, device: str, advanc
     rows, looks = finished
     write_rows(folder / "per_sample.jsonl", rows)
     files = [folder / "per_sample.jsonl", *looks.save(folder)]
-    return files, {"questions": len(rows), "correct": sum(row["correct"] for row in rows), "words": len(looks.rows)}
+    right = sum(row["correct"] is True for row in rows)
+    return files, {"questions": len(rows), "correct": right, "words": len(looks.rows)}
 
 
 def evaluate_share(

@@ -144,7 +144,7 @@ def _row(task: str, row: Mapping, score: float | None, label: str, judge: str) -
         "gold": _text(row.get("answer")),
         "raw": raw,
         "answer": understood or raw,
-        "correct": score is not None and score >= 1,
+        "correct": harness.right(score),
         "score": None if score is None else round(score, 6),
         "failure": failure,
         "scorer": label,

@@ -33,6 +33,7 @@ FILES = {
     "/browse.js": ("browse.js", "text/javascript"),
     "/browse.css": ("browse.css", "text/css"),
 }
+ABOUT = b'<script type="application/json" id="about">'
 HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; frame-ancestors 'none'; base-uri 'none'",
@@ -119,6 +120,9 @@ def answer(library: Library, path: str, query: dict[str, str]) -> tuple[bytes, s
     if path in FILES:
         name, mime = FILES[path]
         body = (files("pipeline.report") / "templates" / name).read_bytes()
+        if path == "/":
+            told = _json(library.about())[0].replace(b"<", b"\\u003c")  # so that no name ends its element
+            body = body.replace(ABOUT + b"{}", ABOUT + told)
         return (theme.css().encode() + body if name.endswith(".css") else body), mime
     if path == "/about":
         return _json(library.about())

@@ -135,7 +135,8 @@ def look(
 
 
 def cards(shown: Sequence[Shown], teacher: Maps | None, arms: Sequence[Maps]) -> list[dict]:
-    """Cards of the gallery, misses of the last arm first, then by the change from the first arm to it.
+    """Cards of the gallery: misses of the last arm first, then by the score of its answer and by the change from the
+    first arm to it.
 
     A card's ``scores`` are, by arm, the share of the map inside the word's region; without a known region the
     correlation with the teacher's map; without either there are none.
@@ -147,6 +148,7 @@ def cards(shown: Sequence[Shown], teacher: Maps | None, arms: Sequence[Maps]) ->
         pictures = [_picture("image", enlarge(one.image), alt=about)]
         scores: dict[str, float] = {}
         misses: dict[str, bool] = {}
+        grades: dict[str, float] = {}
         for who in [teacher, *arms]:
             if who is None or one.uid not in who.maps:
                 continue
@@ -165,7 +167,8 @@ def cards(shown: Sequence[Shown], teacher: Maps | None, arms: Sequence[Maps]) ->
             if who is not teacher:
                 if score is not None:
                     scores[who.name] = round(score, 4)
-                misses[who.name] = mark == "miss" if mark else bool(said) and not said["correct"]
+                misses[who.name] = mark == "miss" if mark else bool(said) and said["correct"] is False
+                grades[who.name] = graded(said) if said else 0.0
             alt = f"attention of {who.name} for the word {one.row['word']}" + (f": {mark}, {note}" if mark else "")
             answer = f"says “{_short(said['answer'] or said['raw'], 28)}”" if said else ""
             pictures.append(_picture(who.name, picture, mark, note, answer, alt))
@@ -180,11 +183,18 @@ def cards(shown: Sequence[Shown], teacher: Maps | None, arms: Sequence[Maps]) ->
                 "pictures": pictures,
                 "scores": scores,
                 "misses": misses,
+                "grades": grades,
                 "measure": INSIDE if one.region is not None else LIKE,
                 "change": round(scores.get(last, 0) - scores.get(first, 0), 4),
             }
         )
-    return sorted(out, key=lambda card: (-card["misses"].get(arms[-1].name, False), card["change"]))
+    to = arms[-1].name
+    return sorted(out, key=lambda card: (-card["misses"].get(to, False), card["grades"].get(to, 0.0), card["change"]))
+
+
+def graded(row: Mapping) -> float:
+    """The score of an answer; rows of right and wrong may have none, rows scored only together count as 0."""
+    return float(row.get("score", row["correct"]) or 0)
 
 
 def _picture(name: str, image, mark: str = "", note: str = "", answer: str = "", alt: str = "") -> dict:
@@ -229,9 +239,10 @@ def sheet(shown: Sequence[Shown], teacher: Maps | None, arms: Sequence[Maps], co
 def mistakes(
     arms: Mapping[str, Mapping[str, dict]], picture: Callable[[str], Image.Image | None], count: int = SHOWN_MISTAKES
 ) -> dict | None:
-    """The wrong answers of the last arm beside what the others said; None if there is none.
+    """The wrong answers of the last arm beside what the others said, the lowest scores first; None if there is none.
 
-    Questions that an earlier arm answers rightly come first: that is what was lost.
+    Among equals, questions that an earlier arm answers rightly come first: that is what was lost. What counts as wrong
+    is for the scorer to say; where a scorer only grades, the answers with the lowest grades are shown.
 
     Args:
         picture: uid -> the image that the question is about, or None.
@@ -242,10 +253,11 @@ def mistakes(
     last, others = arms[names[-1]], [arms[name] for name in names[:-1]]
     # What a harness scores only as a whole (its rows have no score of their own) is neither right nor wrong.
     last = {uid: row for uid, row in last.items() if row.get("score", 0) is not None}
-    wrong = [uid for uid, row in last.items() if not row["correct"]]
+    wrong = [uid for uid, row in last.items() if row["correct"] is False]
     lost = {uid for uid in wrong if any(other[uid]["correct"] for other in others if uid in other)}
+    low = wrong or [uid for uid, row in last.items() if row["correct"] is None]
     rows = []
-    for uid in draw_by_name(wrong, count, lost):
+    for uid in sorted(draw_by_name(low, len(low), lost), key=lambda uid: graded(last[uid]))[:count]:
         row, image = last[uid], picture(uid)
         rows.append(
             {
@@ -262,10 +274,10 @@ def mistakes(
 def _said(row: Mapping | None) -> dict:
     if row is None:
         return {"text": "", "verdict": "not asked"}
-    return {
-        "text": _short(row["raw"], 80) or "nothing",
-        "verdict": row["failure"] or ("right" if row["correct"] else "wrong"),
-    }
+    verdict = {True: "right", False: "wrong", None: "graded"}[row["correct"]]
+    grade = graded(row)
+    told = "" if grade in (0.0, 1.0) and row["correct"] is not None else f", {grade:.2f}"
+    return {"text": _short(row["raw"], 80) or "nothing", "verdict": row["failure"] or verdict + told}
 
 
 def _short(text: str, length: int) -> str:

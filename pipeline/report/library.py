@@ -20,6 +20,7 @@ from pipeline.layout import Layout
 
 if TYPE_CHECKING:
     from pipeline.archive import Archive
+    from pipeline.archive.read import Shard
     from pipeline.config import Config
     from pipeline.examples import Example, Word
 
@@ -117,7 +118,13 @@ class Library:
         archive = self.archive(split)
         if not 0 <= index < len(archive):
             raise Missing(f"{split} has {len(archive)} examples")
-        return archive[index]
+        where, row = archive.locate(index)
+        return self._shard(archive, where)[row]
+
+    def _shard(self, archive: Archive, number: int) -> Shard:
+        """An opened shard. A page asks for an example in several requests at once: one of them opens its shard."""
+        with self._opening:
+            return archive.shard(number)
 
     def describe(self, split: str, index: int) -> dict:
         """Turns, and words with the places where they stand."""
@@ -142,7 +149,7 @@ class Library:
             if not 0 <= number < len(archive):
                 raise Missing(f"{split} has {len(archive)} examples")
             where, row = archive.locate(number)
-            shard = archive.shard(where)
+            shard = self._shard(archive, where)
             out.append([number, shard.keys[row], _beginning(shard.document(row)["turns"])])
         return out
 

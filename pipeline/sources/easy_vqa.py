@@ -1,7 +1,7 @@
 """easy-VQA (Zhou, 2019, MIT licence): drawn shapes with questions, from the installed package `easy-vqa`; offline.
 
 5,000 images and 48,248 question-answer pairs, here one conversation per image. The package has a train and a test
-part; every eighth training image becomes `val`.
+part; every eighth training image becomes `val`. A question is of kind "yesno", "colour" or "shape", by its answer.
 """
 
 import json
@@ -21,6 +21,12 @@ if TYPE_CHECKING:
 
 _VAL_EVERY = 8
 _FOLDERS = {"train": "train", "val": "train", "test": "test"}
+_KINDS = {
+    "yesno": ("yes", "no"),
+    "shape": ("circle", "rectangle", "triangle"),
+    "colour": ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow"),
+}
+_KIND_OF = {answer: kind for kind, answers in _KINDS.items() for answer in answers}
 
 
 def open_source(data: DataConfig, layout: "Layout") -> "EasyVqa":
@@ -60,12 +66,17 @@ class EasyVqa(Source):
                 for speaker, text in (("human", question), ("gpt", answer))
             ]
             turns[0]["value"] = f"{IMAGE_MARKER}\n{turns[0]['value']}"
+            kinds = [
+                {"turn": 2 * place + 1, "kind": _KIND_OF[answer]}
+                for place, (_, answer) in enumerate(pairs)
+                if answer in _KIND_OF
+            ]
             image = self.root / folder / "images" / f"{number}.png"
-            yield RawItem(f"{folder}/{number}", image, {"conversations": turns})
+            yield RawItem(f"{folder}/{number}", image, {"conversations": turns, "meta": {"turns": kinds}})
 
     def fingerprint(self, stamp: Path) -> dict[str, str]:
         files = [self.root / folder / "questions.json" for folder in sorted(set(_FOLDERS.values()))]
-        return {"questions.sha256": content_hash(files, stamp)}
+        return {"questions.sha256": content_hash(files, stamp), "kinds": ",".join(_KINDS)}
 
     def _load(self, split: str) -> list[tuple[int, list]]:
         """(image number, [(question, answer), ...]) by image number; the package lists one pair per row."""

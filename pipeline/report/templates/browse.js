@@ -16,6 +16,7 @@
   let about, split, current = 0, example = null, image = null, chosen = null, wanted = 0, panels = [];
   let found = null;  // numbers of the examples that are listed; null: all of them
   let pages = new Map();  // number of a page of the list -> its rows, or the promise of them
+  let quiet = Promise.resolve();  // until the example just chosen is there; texts of the list wait for it
 
   const get = async (path, query) => {
     const answer = await fetch(`${path}?${new URLSearchParams(query)}`);
@@ -39,7 +40,8 @@
       const from = at * PAGE, to = Math.min(length(), from + PAGE);
       const of = Array.from({ length: to - from }, (_, i) => number(from + i)).join(",");
       const mine = pages;
-      const rows = get("/rows", { split, of }).then((answer) => {
+      const query = { split, of };
+      const rows = quiet.then(() => get("/rows", query)).then((answer) => {
         mine.set(at, answer.rows);
         if (mine === pages) drawList();
       }, (error) => say(error.message));
@@ -48,10 +50,10 @@
     return pages.get(at);
   };
   const drawList = () => {
-    const list = $("list"), count = length();
-    $("space").style.height = `${count * ROW}px`;
+    const list = $("list"), many = length();
+    $("space").style.height = `${many * ROW}px`;
     const first = Math.max(0, Math.floor(list.scrollTop / ROW) - 5);
-    const last = Math.min(count, Math.ceil((list.scrollTop + list.clientHeight) / ROW) + 5);
+    const last = Math.min(many, Math.ceil((list.scrollTop + list.clientHeight) / ROW) + 5);
     const rows = [];
     for (let place = first; place < last; place++) {
       const at = Math.floor(place / PAGE), known = page(at);
@@ -61,7 +63,7 @@
       row.style.top = `${place * ROW}px`;
       row.setAttribute("role", "option");
       row.setAttribute("aria-selected", String(told[0] === current));
-      row.setAttribute("aria-setsize", String(count));
+      row.setAttribute("aria-setsize", String(many));
       row.setAttribute("aria-posinset", String(place + 1));
       row.addEventListener("click", () => open(told[0]));
       rows.push(row);
@@ -72,6 +74,7 @@
   const place = () => (found ? found.indexOf(current) : current);
   const reveal = () => {
     const list = $("list"), top = place() * ROW;
+    $("space").style.height = `${length() * ROW}px`;  // before it is drawn, or there is nowhere to scroll to
     if (top < 0) return;
     if (top < list.scrollTop) list.scrollTop = top;
     else if (top + ROW > list.scrollTop + list.clientHeight) list.scrollTop = top + ROW - list.clientHeight;
@@ -80,10 +83,13 @@
     const at = place(), to = at < 0 ? 0 : Math.max(0, Math.min(length() - 1, at + by));
     if (length() && to !== at) open(number(to));
   };
+  const count = () => {
+    $("count").textContent = `${length().toLocaleString("en")} of ${about.splits[split].toLocaleString("en")} examples`;
+  };
   const relist = () => {
     pages = new Map();
     $("list").scrollTop = 0;
-    $("count").textContent = `${length().toLocaleString("en")} of ${about.splits[split].toLocaleString("en")} examples`;
+    count();
     reveal();
     drawList();
   };
@@ -269,13 +275,14 @@
     const turn = ++wanted;
     current = index;
     history.replaceState(null, "", `#${encodeURIComponent(split)}/${index}`);
-    reveal();
-    drawList();
     const query = { split, index };
     for (const panel of panels) { panel.maps = null; panel.problem = undefined; }
-    const maps = fetchMaps(turn);  // together with the example, not after it
+    const told = get("/example", query), shown = loadImage(query).catch(() => null), maps = fetchMaps(turn);
+    quiet = Promise.allSettled([told, shown]);
+    reveal();
+    drawList();
     try {
-      const [one, picture] = await Promise.all([get("/example", query), loadImage(query).catch(() => null)]);
+      const [one, picture] = await Promise.all([told, shown]);
       if (turn !== wanted) return;
       [example, image, chosen] = [one, picture, null];
       showTurns();
@@ -292,7 +299,7 @@
   };
 
   const start = async () => {
-    about = await get("/about", {});
+    about = JSON.parse($("about").textContent);  // it comes with the page, to save a request
     $("data").textContent = `${about.data} · students of ${about.model}`;
     document.title = `Word maps: ${about.data}`;
     $("split").replaceChildren(...Object.keys(about.splits).map((name) => new Option(name)));
@@ -301,7 +308,7 @@
     split = $("split").value;
     current = Math.max(0, Math.min(about.splits[split] - 1, Number(index) || 0));
     showSources();
-    relist();
+    count();
     await open(current);
 
     $("split").addEventListener("change", () => {

@@ -49,6 +49,7 @@
       measure: element.dataset.measure,
       scores: JSON.parse(element.dataset.scores),
       misses: JSON.parse(element.dataset.misses),
+      grades: JSON.parse(element.dataset.grades),
     }));
     const names = Object.keys(cards[0].misses);
     const show = () => {
@@ -64,7 +65,8 @@
         }
       }
       const rules = {
-        failure: (a, b) => (b.misses[to] ? 1 : 0) - (a.misses[to] ? 1 : 0) || a.gain - b.gain,
+        failure: (a, b) => (b.misses[to] ? 1 : 0) - (a.misses[to] ? 1 : 0)
+          || (a.grades[to] ?? 0) - (b.grades[to] ?? 0) || a.gain - b.gain,
         gain: (a, b) => b.gain - a.gain,
         loss: (a, b) => a.gain - b.gain,
         word: (a, b) => a.word.localeCompare(b.word),
