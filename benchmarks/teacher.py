@@ -3,27 +3,34 @@
     python -m benchmarks.teacher --shapes sd14 --batch 1 --repeat 3 --json out.json
 
 Random weights in the shapes of Stable Diffusion v1.4 (or a tiny model for a smoke run), on all cores unless
-`--threads` says less. All arms of a ratio run in turns in one process, so that a slow moment hits them alike, and each
-counts with its fastest turn, because other processes can only add; memory is measured with each arm in a process of its
-own, as the peak above what the weights take. Arms, all ending at the same block:
+`--threads` says less, and a caption cut as CLIP's vocabulary cuts it. All arms of a ratio run in turns in one process,
+so that a slow moment hits them alike, and each counts with its fastest turn, because other processes can only add. No
+further turn begins that would not end within `--minutes`; the result says how many there were. Memory is measured with
+each arm in a process of its own, as the peak above what the weights take; on the CPU the C library is told to give
+every tensor back when it is freed, because what its heap keeps differs by a fifth from run to run. Arms, all ending at
+the same block:
 
     bare     the conditional forward with fused attention and no capture
     capture  the same with word maps of all layers summed up inside the attention
     refine   the same with self-attention refinement of power 1
-    store    every head of every layer kept and turned into maps word by word afterwards, as DAAM does
+    store    every head of every layer kept and turned into maps token by token afterwards, as DAAM does, but for the
+             words' tokens alone
+    daam     the same for all 77 positions of the text, as DAAM itself does (its cross-attention only, see below)
     early    capture of the middle grids only, ending at their last block
     full     the whole UNet, no capture (for what the early exit saves)
 
 What `capture` and `store` add to a forward is less than two forwards of a busy machine differ from each other. So it is
 measured where it arises: the calls of all cross-attention layers of one forward are recorded and played again, without
-and with each way of keeping maps, and what comes after the forward is added. On a GPU the share of its peak is given
-for `--peak-tflops` (989 for an H100 in bfloat16). The last line is `RESULT {...}`.
+and with each way of keeping maps, and what comes after the forward is added. `store_all_overhead_ratio` is that of
+`store` divided by that of `capture`. On a GPU the share of its peak is given for `--peak-tflops` (989 for an H100 in
+bfloat16). The last line is `RESULT {...}`.
 """
 
 import argparse
 import gc
 import io
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -47,26 +54,44 @@ from pipeline.teacher.windows import teacher_texts
 
 CAPTION = (
     "What is going on here?",
-    "A man in a red jacket rides a brown horse along the beach, and two dogs run behind.",
+    "A man in a red windbreaker rides a palomino horse along the beach, and two dogs run behind.",
 )
+# The merges of CLIP's vocabulary (Radford et al., 2021) that cut this caption, in their order: 28 tokens for 23 words.
+MERGES = """i n|t h|a n|r e|e r|th e</w>|in g</w>|o n|o r|o n</w>|a l|e r</w>|i n</w>|i s</w>|a t</w>|an d</w>|e s</w>
+|a c|o m|a n</w>|r i|b e|w h|s e</w>|d o|er e</w>|g o|r u|re d</w>|h ere</w>|wh at</w>|m an</w>|a k|w in|on g</w>|b re
+|t w
+|ac h</w>|tw o</w>|go ing</w>|g s</w>|h or|d es</w>|h in|p al|ru n</w>|be ach</w>|bre ak|be hin|behin d</w>|al ong</w>
+|in o</w>|do gs</w>|hor se</w>|win d|ri des</w>|break er</w>|pal om"""
+VOCABULARY = 49408  # CLIP's, for the size of the embedding
 ARMS = ("bare", "capture", "refine", "store", "early", "full")
 WHOLE = ("bare", "capture", "refine", "early", "full")  # timed as whole forwards
 MEASURED = ("bare", "capture", "refine", "store")  # whose memory is measured
+LAYERS = ("bare", "capture", "store", "daam")  # timed on the cross-attention layers alone
 REPLAYS = 5
+GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # for glibc: allocations from 64 KiB on are mapped one by one
+FORWARDS = 0.7  # share of the time that is gone when the last turn of whole forwards ends; the stage gets the rest
+
+
+def caption_tokenizer():
+    """A tokenizer of bytes and `MERGES`, which cuts `CAPTION` as CLIP's own does."""
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import CLIPTokenizer
+
+    merges = [tuple(merge.split()) for merge in MERGES.replace("\n", "").split("|")]
+    alphabet = sorted(ByteLevel.alphabet())
+    tokens = alphabet + [c + "</w>" for c in alphabet] + ["".join(merge) for merge in merges]
+    vocab = {token: n for n, token in enumerate([*tokens, "<|startoftext|>", "<|endoftext|>"])}
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=77)
 
 
 def parts(shapes: str) -> dict:
     """Random components in the shapes of Stable Diffusion v1.4, or tiny ones."""
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-    from tokenizers.pre_tokenizers import ByteLevel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+    from transformers import CLIPTextConfig, CLIPTextModel
 
     torch.manual_seed(0)
     real = shapes == "sd14"
-    alphabet = sorted(ByteLevel.alphabet())
-    vocab = {token: n for n, token in enumerate(alphabet + [c + "</w>" for c in alphabet])}
-    vocab |= {"<|startoftext|>": len(vocab), "<|endoftext|>": len(vocab) + 1}
-    tokenizer = CLIPTokenizer(vocab=vocab, merges=[], model_max_length=128 if not real else 77)
+    tokenizer = caption_tokenizer()
     widths = (320, 640, 1280, 1280) if real else (32, 64)
     unet = UNet2DConditionModel(
         sample_size=64 if real else 16,
@@ -90,7 +115,7 @@ def parts(shapes: str) -> dict:
     vae.decoder = vae.post_quant_conv = None
     width = 768 if real else 32
     text = CLIPTextConfig(
-        vocab_size=len(tokenizer),
+        vocab_size=VOCABULARY if real else len(tokenizer),
         hidden_size=width,
         intermediate_size=4 * width,
         num_hidden_layers=12 if real else 2,
@@ -156,14 +181,15 @@ class Bench:
         turns = (Turn("user", CAPTION[0]), Turn("assistant", CAPTION[1]))
         self.text = teacher_texts(Example("0", None, "", turns, "", "", ""))[0]
         side = self.adapters["capture"].text
-        spans = [span for span in self.text.spans if span[1] <= 70][: side.limit]
-        groups = [[[ranges] for ranges in side.ranges(self.text.text[:70], spans)]] * args.batch
-        self.tokens_BTW = token_weights(groups, side.positions, len(spans)).to(self.device)
+        groups = [[[ranges] for ranges in side.ranges(self.text.text, self.text.spans)]] * args.batch
+        self.tokens_BTW = token_weights(groups, side.positions, len(self.text.spans)).to(self.device)
+        self.tokens = side.count(self.text.text)
         adapter = self.adapters["capture"]
         size = (adapter.side, adapter.side)
         self.grids = {name: own.grids(size) for name, own in self.adapters.items()}
         self.latents = torch.randn((args.batch, *adapter.latent_shape(size)), device=self.device)
-        self.condition = adapter.condition([self.text.text[:70]] * args.batch)
+        self.condition = adapter.condition([self.text.text] * args.batch)
+        self.kept_bytes: dict[str, int] = {}  # by what was kept, when the last forward of an arm ended
 
     @torch.no_grad()
     def run(self, arm: str) -> torch.Tensor | None:
@@ -176,6 +202,7 @@ class Bench:
             self.whole.set_attn_processor(dict(self.processors[arm]))
             capture = Capture(self.grids[arm], self.tokens_BTW, None, adapter.cfg.refine, adapter.refine_side)
             adapter.forward(self.latents, 100, self.condition, capture)
+            self.kept_bytes[arm] = sum(kept.nbytes for kept in (*capture.sums.values(), *capture.words.values()))
             maps = capture.word_maps()
         else:
             self.whole.set_attn_processor(dict(self.processors["capture"]))
@@ -205,10 +232,11 @@ class Bench:
 
     @torch.no_grad()
     def replay(self, arm: str) -> torch.Tensor | None:
-        """The recorded layers alone, and the maps made of what they left: `bare` (none), `capture` or `store`."""
+        """The recorded layers alone, and the maps made of what they left: none for `bare`; for `capture`, `store` and
+        `daam` see above."""
         extra: dict[str, Capture] = {}
         kept: list[torch.Tensor] = []
-        if arm == "store":
+        if arm in ("store", "daam"):
             self.whole.set_attn_processor({name: StoreAll(kept) for name in self.whole.attn_processors})
         else:
             self.whole.set_attn_processor(dict(self.processors["capture"]))
@@ -217,8 +245,9 @@ class Bench:
         for module, hidden, context in self.calls:
             module(hidden, encoder_hidden_states=context, **extra)
         maps = None
-        if arm == "store":
-            maps = self._heat_maps(kept)
+        if arm in ("store", "daam"):
+            maps = self._heat_maps(kept) if arm == "store" else self._all_heat_maps(kept)
+            self.kept_bytes[arm] = sum(probs.nbytes for probs in kept)
         elif arm == "capture":
             maps = extra["capture"].word_maps()
         if self.device.type == "cuda":
@@ -245,17 +274,44 @@ class Bench:
                 found.append(torch.stack([m.mean(0) for m in maps]).mean(0))
         return torch.stack(found).unflatten(0, (self.batch, -1))
 
+    def _all_heat_maps(self, kept: list[torch.Tensor]) -> torch.Tensor:
+        """The same from a map (T, 64, 64) of every position of the text, as DAAM makes them: of each head of each
+        layer, then their mean, then words."""
+        found = []
+        for row in range(self.batch):
+            maps = []
+            for probs_BHNT in kept:
+                side = int(probs_BHNT.shape[2] ** 0.5)
+                by_token = [
+                    probs_BHNT[row, :, :, t].float().unflatten(-1, (side, side)) for t in range(probs_BHNT.shape[3])
+                ]
+                for head_TYX in torch.stack(by_token, 1):
+                    maps.append(F.interpolate(head_TYX[:, None], size=(64, 64), mode="bicubic").clamp_min(0))
+            mean_TYX = torch.stack(maps).mean(0)[:, 0]
+            found.append(torch.einsum("tyx,tw->wyx", mean_TYX, self.tokens_BTW[row]))
+        return torch.stack(found)
 
-def in_turns(runs: dict[str, Callable[[], None]], repeat: int) -> dict[str, float]:
-    """Seconds of the fastest turn of each run; the runs take turns."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(repeat):
+
+class Turns(dict[str, float]):
+    """Seconds of the fastest turn of each run, and how many turns there were."""
+
+    count: int = 0
+
+
+def in_turns(runs: dict[str, Callable[[], object]], repeat: int, end: float = float("inf")) -> Turns:
+    """Times runs that take turns: `repeat` times, but no turn after the first begins that would, if it takes as long
+    as the longest before it, not end by `end` (of `time.monotonic`)."""
+    out, longest = Turns(), 0.0
+    while out.count < repeat and (not out.count or time.monotonic() + longest < end):
+        first = time.monotonic()
         for name, call in runs.items():
             gc.collect()
             began = time.perf_counter()
             call()
-            seconds[name].append(time.perf_counter() - began)
-    return {name: min(values) for name, values in seconds.items()}
+            out[name] = min(out.get(name, float("inf")), time.perf_counter() - began)
+        out.count += 1
+        longest = max(longest, time.monotonic() - first)
+    return out
 
 
 @torch.no_grad()
@@ -291,13 +347,13 @@ def memory(args: argparse.Namespace) -> dict[str, int]:
         command = [sys.executable, "-m", "benchmarks.teacher", "--memory-of", arm, "--shapes", args.shapes,
                    "--batch", str(args.batch), "--threads", str(args.threads), "--dtype", args.dtype,
                    "--device", args.device]  # fmt: skip
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, **GIVE_BACK})
         found[arm] = int(done.stdout.split()[-1])
     return found
 
 
 @torch.no_grad()
-def stage(bench: Bench, images: int, repeat: int) -> dict[str, float]:
+def stage(bench: Bench, images: int, repeat: int, end: float) -> Turns:
     """Seconds of reading `images` pictures from files to stored maps, and of its bare parts one by one."""
     from pipeline.examples import decode
     from pipeline.mapstore.schema import example_maps
@@ -310,9 +366,7 @@ def stage(bench: Bench, images: int, repeat: int) -> dict[str, float]:
         out = io.BytesIO()
         Image.fromarray(rng.integers(0, 255, (480, 640, 3), dtype=np.uint8)).save(out, "JPEG")
         files.append(out.getvalue())
-    words = [span for span in bench.text.spans if span[1] <= 70]
-    text = type(bench.text)(bench.text.text[:70], 0, tuple(words), bench.text.words[: len(words)],
-                            tuple((n,) for n in range(len(words))))  # fmt: skip
+    text = bench.text
     pixels = [adapter.pixels(decode(data)) for data in files]
     batches = [torch.stack(pixels[i : i + bench.batch]) for i in range(0, images, bench.batch)]
 
@@ -339,6 +393,7 @@ def stage(bench: Bench, images: int, repeat: int) -> dict[str, float]:
             "unet": lambda: every(lambda batch: bench.run("bare")),
         },
         repeat,
+        end,
     )
 
 
@@ -346,7 +401,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", choices=("sd14", "tiny"), default="sd14")
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--repeat", type=int, default=2, help="turns of every arm")
+    parser.add_argument("--repeat", type=int, default=3, help="most turns of every arm")
+    parser.add_argument("--minutes", type=float, default=10.0, help="no further turn begins that would end later")
     parser.add_argument("--images", type=int, default=1, help="images of the whole-stage measurement")
     parser.add_argument("--threads", type=int, default=cores())
     parser.add_argument("--dtype", default="float32")
@@ -362,39 +418,55 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.memory_of:
         print(peak_above_weights(args.memory_of, args))
         return 0
+    began = time.monotonic()
+
+    def end(share: float) -> float:
+        return began + share * args.minutes * 60
+
     memory_of = memory(args)
     print("  ".join(f"{arm} {value / 1e6:.0f} MB above the weights" for arm, value in memory_of.items()), flush=True)
     bench = Bench(args)
-    seconds = in_turns({arm: lambda arm=arm: bench.run(arm) for arm in WHOLE}, args.repeat)
     bench.record()
-    layers = in_turns({arm: lambda arm=arm: bench.replay(arm) for arm in ("bare", "capture", "store")}, REPLAYS)
-    for arm in ARMS:
+    layers = in_turns({arm: lambda arm=arm: bench.replay(arm) for arm in LAYERS}, REPLAYS, end(FORWARDS))
+    seconds = in_turns({arm: lambda arm=arm: bench.run(arm) for arm in WHOLE}, args.repeat, end(FORWARDS))
+    for arm in (*ARMS, "daam"):
         time_of = f"{seconds[arm]:8.3f} s" if arm in seconds else f"{'':10}"
         alone = f"  {layers[arm]:7.3f} s its cross-attention alone" if arm in layers else ""
         print(f"{arm:<8} {time_of}{alone}", flush=True)
     images = max(args.images, args.batch)
-    whole = stage(bench, images, max(1, args.repeat - 1))
+    whole = stage(bench, images, max(1, args.repeat - 1), end(1))
     print("  ".join(f"{name} {value:.3f} s" for name, value in whole.items()), flush=True)
     bare_parts = sum(value for name, value in whole.items() if name != "stage")
-    overheads = {arm: layers[arm] - layers["bare"] for arm in ("capture", "store")}
+    overheads = {arm: layers[arm] - layers["bare"] for arm in LAYERS[1:]}
+    ours = max(overheads["capture"], 1e-9)
     result = {
         "shapes": args.shapes,
         "device": args.device,
         "dtype": args.dtype,
         "batch": args.batch,
         "threads": args.threads,
+        "words": len(bench.text.spans),
+        "tokens": bench.tokens,
+        "bare_seconds": seconds["bare"],
         "capture_time_ratio": seconds["capture"] / seconds["bare"],
         "capture_memory_ratio": memory_of["capture"] / memory_of["bare"],
         "refine_time_ratio": seconds["refine"] / seconds["bare"],
         "capture_overhead_share": overheads["capture"] / seconds["bare"],
         "store_all_overhead_share": overheads["store"] / seconds["bare"],
-        "store_all_overhead_ratio": overheads["store"] / max(overheads["capture"], 1e-9),
+        "store_all_overhead_ratio": overheads["store"] / ours,
+        "daam_overhead_ratio": overheads["daam"] / ours,
+        "kept_bytes": bench.kept_bytes["capture"],
+        "store_all_kept_bytes": bench.kept_bytes["store"],
         "early_exit_ratio": seconds["early"] / seconds["full"],
         "stage_vs_parts": bare_parts / whole["stage"],
         "images_per_second": images / whole["stage"],
         "nfe": 1,
         "null_text_nfe": TeacherConfig(name="n", path="", inversion="null-text", timesteps=[]).forwards,
         "hours_for_130000": 130_000 * whole["stage"] / images / 3600,
+        "forward_turns": seconds.count,
+        "layer_turns": layers.count,
+        "stage_turns": whole.count,
+        "minutes": (time.monotonic() - began) / 60,
     }
     for arm, name in (("refine", "refine_memory_ratio"), ("store", "store_all_memory_ratio")):
         if arm in memory_of:

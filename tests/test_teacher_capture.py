@@ -265,7 +265,9 @@ def test_wrong_layers_are_the_users_mistake(sd1, options, message):
 @pytest.mark.parametrize(
     "options",
     [{"timesteps": []}, {"timesteps": [1000]}, {"draws": 0}, {"text": "all"}, {"phrases": "x"}, {"layers": "("},
-     {"resolutions": [8], "resolution_weights": [1, 2]}, {"dtype": "int8"}, {"device": "tpu"}],
+     {"resolutions": [8], "resolution_weights": [1, 2]}, {"dtype": "int8"}, {"device": "tpu"}, {"splits": []},
+     {"splits": ["val", "val"]}, {"resolutions": [8, 16], "resolution_weights": [2.0, -1.0]},
+     {"resolutions": [8], "resolution_weights": [0.0]}],
 )  # fmt: skip
 def test_wrong_settings_are_refused(options):
     with pytest.raises(UserError, match=f"teacher.{next(reversed(options))}"):
@@ -336,6 +338,11 @@ def test_every_word_of_a_long_text_has_a_map(sd1):
     long = text(answer="The red circle is near the café. " * 12 + "x" * 200)
     found = teacher.extract([picture()], [long])[0]
     assert found.found.tolist() == [True] * (len(long.spans) - 1) + [False]
+    windows_of, maps_of = teacher.sizes(long)  # what the preflight counts
+    assert windows_of > 2
+    assert maps_of == len(found.words)
+    by_token = load_teacher(config(sd1, unit="token"), "cpu")
+    assert by_token.sizes(long) == (windows_of, len(by_token.extract([picture()], [long])[0].words))
     assert (found.maps[found.found].std((1, 2)) > 0).all()
     assert not found.maps[~found.found].any()
 

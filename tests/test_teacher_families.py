@@ -12,6 +12,7 @@ from PIL import Image
 from test_teacher_capture import StoreEverything, config, picture, plane, text
 
 from pipeline.errors import UserError
+from pipeline.teacher import capture as capture_module
 from pipeline.teacher.capture import Capture
 from pipeline.teacher.extract import load_teacher
 from pipeline.teacher.inversion import Path as Steps
@@ -214,6 +215,23 @@ def test_flux_equals_the_reference(saved, name, options):
     wanted = reference_flux(store, names, groups, content, cfg)
     assert wanted.std() > 1e-5
     np.testing.assert_allclose(found.maps, wanted.numpy(), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_joint_attention_and_its_refinement_are_fused(saved, name, monkeypatch):
+    """The real queries and keys, in their own strides: a kernel that refuses what it cannot fuse takes them."""
+    own, calls = capture_module.fused_mean, []
+
+    def forced(*args, **kwargs):
+        calls.append(1)
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION):
+            return own(*args, **kwargs)
+
+    monkeypatch.setattr(capture_module, "fused_mean", forced)
+    teacher = load_teacher(config(saved(name), refine=1, renormalise=True, image_size=16), "cpu")
+    found = teacher.extract([picture(0, (16, 16))], [text()], [7])[0]
+    assert len(calls) == 6  # three layers read, the same three for refinement
+    assert found.maps.std() > 0
 
 
 def reference_flux(store, names, groups, content, cfg) -> torch.Tensor:

@@ -252,14 +252,40 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(overrides, tmp_pat
     said = capsys.readouterr().out
     for wanted in (
         "3 of 3 shards",
+        r"about \d+ words, \d+ maps",
         "14 examples",
         "owner/tiny-sd revision 0123456789ab, float32 on cpu",
         "4 forwards per window of text",
         r"at most \d+ MB",
-        r"about \d+ batches on \d workers?, [\d.]+ minutes",
+        r"about \d+ windows in \d+ batch(es)? on \d workers?, [\d.]+ minutes",
     ):
         assert re.search(wanted, said), (wanted, said)
     assert not list((folder / "llava_json/maps").rglob("*.zarr"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_one_line(overrides, tmp_path, weights):
+    with pytest.raises(UserError, match="no GPU on this machine"):
+        stage.precompute(compose(overrides(tmp_path / "gpu", "teacher.device=cuda", "dry_run=true")))
+    with pytest.raises(UserError, match="no GPU on this machine"):
+        load_teacher(TeacherConfig(name="x", path=weights), "cuda:1")
+
+
+def test_long_texts_and_tokens_are_in_the_preflight(done, overrides, tmp_path, capsys):
+    """With `unit=token` there are more maps than words. The second shard has six texts, one of them of 60 sentences."""
+    stage.precompute(compose(overrides(tmp_path / "token", "teacher.unit=token", "dry_run=true")))
+    words, maps = re.search(r"about (\d+) words, (\d+) maps", capsys.readouterr().out).groups()
+    assert int(maps) > int(words)
+    shutil.copytree(done[0].shards_dir, tmp_path / "second")
+    folder = tmp_path / "second/llava_json/maps/tiny/train"
+    for name in ("manifest.json", "00001.json"):
+        (folder / name).unlink()
+    stage.precompute(compose(overrides(tmp_path / "second", "dry_run=true")))
+    said = capsys.readouterr().out
+    windows, batches = map(int, re.search(r"about (\d+) windows in (\d+) batches", said).groups())
+    assert "1 of 3 shards to do, 5 examples" in said
+    assert windows > 6
+    assert batches == -(-windows // 4)
 
 
 def test_missing_examples_and_splits_are_named(overrides, tmp_path):
@@ -319,6 +345,39 @@ def test_out_of_memory_halves_the_batch_and_the_receipt_says_so(done, overrides,
         assert np.abs(small - large).max(initial=0) <= 1
 
 
+@pytest.mark.parametrize(
+    ("error", "full"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+    ],
+)
+def test_what_a_full_memory_says(error, full):
+    assert job.out_of_memory(error) is full
+
+
+def test_images_are_decoded_ahead_of_a_gpu(done, monkeypatch):
+    """While the first example is held, threads have others ready; what comes out is the same, in the same order."""
+    cfg, _, _ = done
+    archive = Archive(Path(cfg.shards_dir) / "llava_json/examples/train")
+    teacher = load_teacher(cfg.teacher, "cpu")
+    jobs = [job.Job(archive, 0, Path(), cfg.teacher, device, {}, {}, 10**6) for device in ("cpu", "cuda")]
+    plain = list(job._decoded(jobs[0], teacher))
+    own, decoded = job.decode, []
+    monkeypatch.setattr(job, "decode", lambda *args: (own(*args), decoded.append(1))[0])
+    ahead = job._decoded(jobs[1], teacher)
+    found = [next(ahead)]
+    end = time.monotonic() + 20
+    while len(decoded) < SHARD and time.monotonic() < end:
+        time.sleep(0.01)
+    assert len(decoded) == SHARD
+    found += ahead
+    assert [example.key for example, _, _ in found] == [example.key for example, _, _ in plain]
+    assert all(torch.equal(a[1], b[1]) for a, b in zip(found, plain, strict=True))
+
+
 # --- weights ----------------------------------------------------------------------------------------------------------
 
 
@@ -338,6 +397,21 @@ def test_missing_weights_are_one_line(path, message, monkeypatch, tmp_path):
     with pytest.raises(UserError, match=message) as caught:
         load_teacher(TeacherConfig(name="x", path=path), "cpu")
     assert "\n" not in str(caught.value)
+
+
+def test_a_download_that_fails_is_one_line(monkeypatch, tmp_path):
+    """Not reached here: the client then says the same as if it had been told not to try."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    def refuses(*args, local_files_only, **kwargs):
+        assert not local_files_only
+        raise LocalEntryNotFoundError("no connection")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refuses)
+    with pytest.raises(UserError, match="'a/b' are not on this machine, and the hub cannot be reached") as caught:
+        load_teacher(TeacherConfig(name="x", path="a/b", local_files_only=False), "cpu")
+    assert "\n" not in str(caught.value)
+    assert "local_files_only=false" not in str(caught.value)
 
 
 def test_a_directory_without_weights_is_one_line(weights, tmp_path):

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from pipeline.teacher.config import MAP_SIDE
 
 TINY = 1e-12
-SCORES = 1 << 20  # most attention scores of a window held at once (4 MiB in float32); more heads go one after another
+SCORES = 1 << 19  # most attention scores of a window held at once (2 MiB in float32); more heads go one after another
 
 
 @dataclass(frozen=True)

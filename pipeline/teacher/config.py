@@ -117,6 +117,14 @@ class TeacherConfig:
                 f"teacher.resolution_weights has {len(self.resolution_weights)} values for "
                 f"{len(self.resolutions)} teacher.resolutions: give one for each, or none"
             )
+        if any(weight < 0 for weight in self.resolution_weights) or (
+            self.resolution_weights and not sum(self.resolution_weights)
+        ):
+            raise UserError(
+                f"teacher.resolution_weights is {self.resolution_weights}: give none below 0 and one or more above"
+            )
+        if not self.splits or len(set(self.splits)) < len(self.splits):
+            raise UserError(f"teacher.splits is {self.splits}: give one or more, each once")
         try:
             re.compile(self.layers)
         except re.error as error:

@@ -17,6 +17,7 @@ from pipeline.teacher.capture import Capture, token_weights
 from pipeline.teacher.config import MAP_SIDE, TeacherConfig
 from pipeline.teacher.inversion import readings
 from pipeline.teacher.load import device_of, load_adapter
+from pipeline.teacher.unet import UNetAdapter
 from pipeline.teacher.windows import Span, TeacherText, Window, assign, windows
 
 Group = tuple[Span, ...]
@@ -164,11 +165,20 @@ class Teacher:
             tokens_BTW = token_weights(rows, adapter.text.positions, 2).to(adapter.device)
             grids = adapter.grids((adapter.side, adapter.side))
             capture = Capture(grids, tokens_BTW, None, cfg.refine, adapter.refine_side)
-            adapter.forward(adapter.noised(latents_BCYX, latents_BCYX, 100), 100, condition, capture)
+            noised_BCYX = adapter.noised(latents_BCYX, latents_BCYX, 100)
+            adapter.forward(noised_BCYX, 100, condition, capture)
             capture.word_maps().cpu()
+            if isinstance(adapter, UNetAdapter) and cfg.inversion != "none":  # most of its forwards run whole
+                began = time.monotonic()
+                adapter.predict(noised_BCYX, 100, 0.5, condition).cpu()
             seconds = time.monotonic() - began
         back = 2 * cfg.inversion_steps * cfg.inner_steps if cfg.inversion == "null-text" else 0
         return seconds * (cfg.forwards + back)
+
+    def sizes(self, text: TeacherText) -> tuple[int, int]:
+        """How many windows of a text are read, and how many maps (of words, or of tokens with `unit=token`) it gets."""
+        parts = self._plan(Item(Image.new("RGB", (1, 1)), 0, 0, text), (0, 0))
+        return len({part.unit for part in parts if part.unit}), len(parts)
 
     def _plan(self, item: Item, size: Size) -> list[_Part]:
         """Where the map of each word (or token) will come from."""

@@ -25,6 +25,7 @@ from pipeline.teacher.windows import teacher_texts
 
 DECODERS = 4  # threads that decode images while a GPU computes
 AHEAD = 64  # images decoded ahead of it
+FULL = ("can't allocate memory", "_STATUS_ALLOC_FAILED")  # in errors that say the memory is full
 NAMES = {number: name for name, number in STATUS.items()}
 
 
@@ -127,7 +128,7 @@ def compute_shard(job: Job) -> receipts.Receipt:
         if size == 1:
             raise UserError(f"not even one window of {job.teacher.path} fits the memory of the {job.device}")
         size = max(1, size // 2)
-        teacher.batch_size = size
+        teacher.batch_size = min(teacher.batch_size, size)  # another thread may have gone further down
         if job.device == "cuda":
             torch.cuda.empty_cache()
     path = job.folder / f"{job.stem}.zarr"
@@ -155,9 +156,9 @@ def _try(job: Job, teacher: Teacher, size: int) -> list[_Pending] | None:
 
 
 def out_of_memory(error: Exception) -> bool:
-    """Whether an error says that the memory is full. On the CPU PyTorch says so in words only."""
+    """Whether an error says that the memory is full. On the CPU and from cuBLAS and cuDNN PyTorch has words only."""
     kinds = (torch.OutOfMemoryError, MemoryError)
-    return isinstance(error, kinds) or "can't allocate memory" in str(error)
+    return isinstance(error, kinds) or any(words in str(error) for words in FULL)
 
 
 def _read(job: Job, teacher: Teacher, size: int) -> Iterator[_Pending]:

@@ -27,8 +27,9 @@ def load_adapter(cfg: TeacherConfig, device: str) -> Adapter:
     read (unless an inversion needs it).
 
     Raises:
-        UserError: the weights are missing, or the pipeline is of a kind that the teacher cannot read.
+        UserError: the weights are missing, the pipeline is of a kind that the teacher cannot read, or there is no GPU.
     """
+    require_device(device)
     directory = locate(cfg)
     parts = load_parts(directory, getattr(torch, cfg.dtype))
     found = [FAMILIES[type(part).__name__] for part in parts.values() if type(part).__name__ in FAMILIES]
@@ -49,6 +50,14 @@ def device_of(cfg: TeacherConfig) -> str:
     if cfg.device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     return cfg.device
+
+
+def require_device(device: str) -> None:
+    """Raises UserError: a GPU is asked for and PyTorch sees none on this machine."""
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(
+            "teacher.device is cuda, but PyTorch sees no GPU on this machine: use teacher.device=cpu or auto"
+        )
 
 
 def pipeline_kind(directory: Path) -> str:

@@ -17,6 +17,7 @@ from pipeline.teacher.weights import digest, locate
 
 if TYPE_CHECKING:
     from pipeline.config import Config
+    from pipeline.teacher.extract import Teacher
     from pipeline.teacher.job import Job
 
 
@@ -69,11 +70,13 @@ def _precompute(cfg: "Config") -> StageResult:
 def _plan(cfg: "Config") -> list["Job"]:
     from pipeline.archive.read import Archive
     from pipeline.teacher.job import Job
-    from pipeline.teacher.load import device_of
+    from pipeline.teacher.load import device_of, require_device
 
     # What a SLURM job finds is not what this machine has.
     elsewhere = cfg.engine.kind == "slurm" and cfg.teacher.device == "auto"
     device = ("cuda" if cfg.engine.gpus else "cpu") if elsewhere else device_of(cfg.teacher)
+    if cfg.engine.kind in ("threads", "processes"):
+        require_device(device)
     settings = status.settings(cfg.teacher, device)
     jobs = []
     for split in cfg.teacher.splits:
@@ -90,29 +93,49 @@ def _plan(cfg: "Config") -> list["Job"]:
 def _preflight(cfg: "Config", jobs: list["Job"], missing: list["Job"]) -> None:
     """Says what will be done: model, revision, precision, forwards, and about how much time and disk it takes, judged
     by the first examples and one batch."""
+    import torch
+
     from pipeline.mapstore.schema import SIDE
+    from pipeline.teacher.job import teacher_of
     from pipeline.teacher.windows import teacher_texts
 
     if not missing:
         return
-    teacher, workers = cfg.teacher, min(_engine(cfg.engine, missing[0].device).worker_count, len(missing))
+    cfg_teacher, first = cfg.teacher, missing[0]
+    workers = min(_engine(cfg.engine, first.device).worker_count, len(missing))
     examples = sum(job.archive.sizes[job.number] for job in missing)
-    shard = missing[0].archive.shard(missing[0].number)
+    shard = first.archive.shard(first.number)
     looked = [shard[row] for row in range(min(len(shard), 100))]
-    words = sum(len(example.words()) for example in looked) * examples // max(len(looked), 1)
-    texts = sum(len(teacher_texts(example, teacher.text)) for example in looked if example.image)
-    batches = math.ceil(texts * examples / max(len(looked), 1) / teacher.batch_size)
-    megabytes = words * SIDE * SIDE / (2e6 if teacher.profile == "compact" else 1e6)
+    scale = examples / max(len(looked), 1)
+    words = round(sum(len(example.words()) for example in looked) * scale)
+    texts = [
+        text
+        for example in looked
+        if example.image
+        for text in teacher_texts(example, cfg_teacher.text, cfg_teacher.phrases)
+    ]
+    here = first.device == "cpu" or torch.cuda.is_available()
+    teacher = teacher_of(first) if here else None
+    # Without the model its tokens are not known: a window for each text, a map for each word.
+    sizes = [teacher.sizes(text) if teacher else (1, len(text.spans)) for text in texts]
+    windows, maps = (round(sum(size[i] for size in sizes) * scale) for i in (0, 1))
+    megabytes = max(words, maps) * SIDE * SIDE / (2e6 if cfg_teacher.profile == "compact" else 1e6)
     print(
-        f"precompute: {len(missing)} of {len(jobs)} shards to do, {examples} examples, about {words} words; "
-        f"{teacher.path}{_revision(teacher)}, {teacher.dtype} on {missing[0].device}, "
-        f"{teacher.forwards} forward{'s' if teacher.forwards > 1 else ''} per window of text, "
-        f"at most {megabytes:.0f} MB",
+        f"precompute: {len(missing)} of {len(jobs)} shards to do, {examples} examples, about {words} words, "
+        f"{maps} maps; {cfg_teacher.path}{_revision(cfg_teacher)}, {cfg_teacher.dtype} on {first.device}, "
+        f"{cfg_teacher.forwards} forward{'s' if cfg_teacher.forwards > 1 else ''} per window of text, "
+        f"at {'most' if teacher else 'least'} {max(megabytes, 1):.0f} MB",
         flush=True,
     )
-    print(f"precompute: {_expected(missing[0], batches, workers)}", flush=True)
+    batches = math.ceil(windows / cfg_teacher.batch_size)
+    share = f"about {windows} windows in {_many(batches, 'batch', 'batches')} on {_many(workers, 'worker', 'workers')}"
+    print(f"precompute: {_expected(first, teacher, share, batches / max(workers, 1))}", flush=True)
     if cfg.dry_run and cfg.engine.kind == "slurm":
         print(f"precompute: every worker is submitted as\n{engine.slurm_script(cfg.engine)}")
+
+
+def _many(count: int, one: str, more: str) -> str:
+    return f"{count} {one if count == 1 else more}"
 
 
 def _revision(cfg: TeacherConfig) -> str:
@@ -123,26 +146,31 @@ def _revision(cfg: TeacherConfig) -> str:
     return f" (weights {digest(where)[:12]})"
 
 
-def _expected(job: "Job", batches: int, workers: int) -> str:
-    """About how long it takes, from one batch on this machine: two on a GPU, where the first one does not count."""
+def _expected(job: "Job", teacher: "Teacher | None", share: str, batches: float) -> str:
+    """About how long it takes, from one batch on this machine: two on a GPU, where the first one does not count.
+
+    Args:
+        teacher: the model on this machine, if it can run here.
+        share: what there is to do, in words.
+        batches: of one worker.
+    """
     import torch
 
-    from pipeline.teacher.job import out_of_memory, teacher_of
+    from pipeline.teacher.job import out_of_memory
 
-    share = f"about {batches} batches on {workers} worker{'s' if workers > 1 else ''}"
-    if job.device == "cuda" and not torch.cuda.is_available():
-        return f"{share}; this machine has no GPU to tell the time by"
+    if teacher is None:
+        return f"{share}, more where texts are long; this machine has no GPU to tell the time by"
     threads = torch.get_num_threads()
     torch.set_num_threads(job.teacher.threads)
     try:
-        seconds = teacher_of(job).seconds_per_batch()
+        seconds = teacher.seconds_per_batch()
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
         return f"{share}; a batch of {job.teacher.batch_size} does not fit the memory, smaller ones will be tried"
     finally:
         torch.set_num_threads(threads)
-    return f"{share}, {_duration(seconds * batches / max(workers, 1))}"
+    return f"{share}, {_duration(seconds * batches)}"
 
 
 def _duration(seconds: float) -> str:

@@ -61,10 +61,13 @@ def _from_hub(cfg: TeacherConfig) -> Path:
             ignore_patterns=UNWANTED,
         )
     except LocalEntryNotFoundError as error:
-        raise UserError(
-            f"the weights of teacher '{cfg.path}' are not on this machine: run `hf download {cfg.path}`, or allow the "
-            "download with teacher.local_files_only=false"
-        ) from error
+        cure = (
+            f"run `hf download {cfg.path}`, or allow the download with teacher.local_files_only=false"
+            if cfg.local_files_only
+            else f"and the hub cannot be reached: run `hf download {cfg.path}` where it can, and copy its cache here"
+        )
+        said = ":" if cfg.local_files_only else ","
+        raise UserError(f"the weights of teacher '{cfg.path}' are not on this machine{said} {cure}") from error
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise UserError(f"teacher '{cfg.path}' cannot be fetched: {str(error).splitlines()[0]}") from error
     path = Path(found)
