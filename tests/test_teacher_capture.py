@@ -339,7 +339,7 @@ def test_every_word_of_a_long_text_has_a_map(sd1):
     found = teacher.extract([picture()], [long])[0]
     assert found.found.tolist() == [True] * (len(long.spans) - 1) + [False]
     windows_of, maps_of = teacher.sizes(long)  # what the preflight counts
-    assert windows_of > 2
+    assert windows_of > 1
     assert maps_of == len(found.words)
     by_token = load_teacher(config(sd1, unit="token"), "cpu")
     assert by_token.sizes(long) == (windows_of, len(by_token.extract([picture()], [long])[0].words))
