@@ -1,6 +1,8 @@
 """OpenFlamingo: published checkpoints in and out, the arithmetic against plain loops, and the whole train stage."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from torch.nn import functional
 
 from pipeline.errors import UserError
 from pipeline.examples import Example, Turn, decode
-from pipeline.student.load import load_student
+from pipeline.student.load import load_student, skeleton
 from pipeline.student.openflamingo_lm import FusedAttention, text_config
 from pipeline.student.openflamingo_model import OpenFlamingo, OpenFlamingoConfig
 
@@ -156,6 +158,27 @@ def test_parts_are_asked_for_by_name(nine, tmp_path):
     (other / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(UserError, match="'llama'"):
         load_student(replace(cfg, parts=cfg.parts | {"language": str(other)}))
+
+
+def test_code_that_comes_with_the_language_model_is_neither_run_nor_asked_about(tmp_path, monkeypatch):
+    cfg = build_student("openflamingo-3b", tmp_path)
+    other = Path(cfg.parts["language"])
+    monkeypatch.setattr("builtins.input", lambda text: pytest.fail(f"asked: {text}"))
+    (other / "theirs.py").write_text("raise SystemExit('their code ran')")
+
+    def edit(name: str, **more) -> None:
+        path = other / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | more))
+
+    # As MPT-1B: a type that transformers does not know, with code for it.
+    edit("config.json", auto_map={"AutoConfig": "theirs.Config", "AutoModelForCausalLM": "theirs.Model"})
+    assert load_student(cfg).processor.tokenizer.is_fast
+    assert skeleton(cfg).processor.tokenizer.is_fast
+    edit("tokenizer_config.json", tokenizer_class="Theirs", auto_map={"AutoTokenizer": [None, "theirs.Theirs"]})
+    for way in (load_student, skeleton):
+        with pytest.raises(UserError, match=r"code that comes with it.*model\.trust_remote_code=true") as found:
+            way(cfg)
+        assert "\n" not in str(found.value)
 
 
 @pytest.mark.parametrize(

@@ -232,9 +232,10 @@ def test_the_model_card_tells_data_settings_versions_metrics_and_licence(root, w
     shutil.copytree(root / "student", base)
     (base / "README.md").write_text("---\nlicense: other\nlicense_name: some-community-licence\n---\n# Base\n")
     cfg = replace(whole, model=replace(whole.model, path=str(base)))
-    archive = Archive(Layout(cfg).examples_dir("train"))
     rows = metrics.read(status.run_dir(whole))
-    text = card.write(status.run_dir(whole) / "model", cfg, archive, 6, rows, 0.0).read_text()
+    held = [{"step": 0, "ce": 3.25, "examples": 7}, {"step": 6, "ce": 2.125, "examples": 7}]
+    text = card.write(status.run_dir(whole) / "model", cfg, 12, 6, rows, held, 0.0).read_text()
+    assert "| 0 | 3.2500 | 7 |\n| 6 | 2.1250 | 7 |" in text
     head, body = text.split("---\n", 2)[1:]
     assert yaml.safe_load(head)["license"] == "some-community-licence"
     assert yaml.safe_load(head)["base_model"] == str(base)

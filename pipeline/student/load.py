@@ -89,6 +89,8 @@ def load_student(cfg: ModelConfig, align: "AlignConfig | None" = None, quantizat
         )
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot load the model {cfg.path}: {_first_line(error)}") from error
+    except ValueError as error:
+        raise _own_code(cfg, error) from error
     missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
     if missing:
         raise UserError(
@@ -112,6 +114,8 @@ def skeleton(cfg: ModelConfig, align: "AlignConfig | None" = None) -> Student:
         model, processor = family.skeleton(path, **options)
     except OSError as error:
         raise UserError(f"cannot load the model {cfg.path}: {_first_line(error)}") from error
+    except ValueError as error:
+        raise _own_code(cfg, error) from error
     return _student(cfg, family, model, processor, align)
 
 
@@ -170,6 +174,16 @@ def _where(cfg: ModelConfig) -> dict:
     """Options of ``from_pretrained`` that say where files come from."""
     where = {"local_files_only": cfg.local_files_only, "trust_remote_code": cfg.trust_remote_code}
     return where | ({"revision": cfg.revision} if cfg.revision else {})
+
+
+def _own_code(cfg: ModelConfig, error: ValueError) -> ValueError:
+    """What to raise for an error of transformers: one clear line if it is about code that comes with the weights."""
+    if "trust_remote_code" not in str(error):
+        return error
+    return UserError(
+        f"cannot load the model {cfg.path} without running code that comes with it: {_first_line(error)} If you trust "
+        "that code, give model.trust_remote_code=true"
+    )
 
 
 def _first_line(error: BaseException) -> str:

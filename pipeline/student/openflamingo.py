@@ -52,6 +52,7 @@ class OpenFlamingoFamily(Family):
     @classmethod
     def load(cls, path: str, parts: Mapping[str, str] | None = None, **options) -> tuple[nn.Module, object]:
         where = {name: options[name] for name in ("revision", "local_files_only") if name in options}
+        trust = options.get("trust_remote_code", False)
         kept = ("dtype", "output_loading_info", "ignore_mismatched_sizes")
         options = {name: options[name] for name in kept if name in options} | {
             "attn_implementation": _kernels(options.get("attn_implementation", "sdpa"))
@@ -60,7 +61,7 @@ class OpenFlamingoFamily(Family):
         if published is None:
             return OpenFlamingo.from_pretrained(path, **options, **where), Parts.load(path, **where)
         where.pop("revision", None)  # it is the checkpoint's
-        return assemble(published, parts["language"], parts["vision"], where, options)
+        return assemble(published, parts["language"], parts["vision"], where, options, trust)
 
     @classmethod
     def skeleton(cls, path: str, parts: Mapping[str, str] | None = None, **options) -> tuple[nn.Module, object]:
@@ -73,7 +74,8 @@ class OpenFlamingoFamily(Family):
         else:
             where.pop("revision", None)
             shapes = load_state_dict(published, map_location="meta")
-            config, processor, _ = _outline(shapes, published, parts["language"], parts["vision"], where)
+            trust = options.get("trust_remote_code", False)
+            config, processor, _ = _outline(shapes, published, parts["language"], parts["vision"], where, trust)
         config._attn_implementation = _kernels(options.get("attn_implementation", "sdpa"))
         return OpenFlamingo._from_config(config, dtype=options.get("dtype")), processor
 
@@ -135,7 +137,7 @@ class OpenFlamingoFamily(Family):
 
 
 def assemble(
-    published: str, language: str, vision: str, where: Mapping, options: Mapping
+    published: str, language: str, vision: str, where: Mapping, options: Mapping, trust: bool = False
 ) -> tuple[nn.Module | tuple[nn.Module, dict], Parts]:
     """The model of a published checkpoint.
 
@@ -144,6 +146,7 @@ def assemble(
         language, vision: directories or hub ids of the language model (with its tokenizer) and of CLIP.
         where: says where to look for files.
         options: of ``from_pretrained``.
+        trust: run code that comes with the tokenizer or the image processor.
 
     Raises:
         UserError: parts that do not belong together; tensors that are missing or too many.
@@ -151,7 +154,7 @@ def assemble(
     from transformers.modeling_utils import load_state_dict
 
     trained = {name: value for name, value in load_state_dict(published).items() if not name.startswith(_ALIASES)}
-    config, parts, stated = _outline(trained, published, language, vision, where)
+    config, parts, stated = _outline(trained, published, language, vision, where, trust)
     text = config.text_config
     kind = text.model_type
     embedding = f"lang_encoder.{EMBEDDINGS[kind]}"
@@ -178,7 +181,7 @@ def assemble(
 
 
 def _outline(
-    trained: Mapping[str, torch.Tensor], published: str, language: str, vision: str, where: Mapping
+    trained: Mapping[str, torch.Tensor], published: str, language: str, vision: str, where: Mapping, trust: bool
 ) -> tuple[OpenFlamingoConfig, Parts, str]:
     """The config, the processor and the language model's own `model_type`; of ``trained`` only the shapes are read."""
     from transformers import AutoImageProcessor, AutoTokenizer, CLIPVisionConfig
@@ -186,7 +189,8 @@ def _outline(
     found = _json(language, "config.json", **where)
     text = text_config(found, language)
     kind = text.model_type
-    tokenizer = AutoTokenizer.from_pretrained(language, **where)
+    # Without an answer transformers would ask for one on the terminal: MPT-1B brings code, which nothing here needs.
+    tokenizer = AutoTokenizer.from_pretrained(language, trust_remote_code=trust, **where)
     tokenizer.add_special_tokens({"additional_special_tokens": [END, IMAGE]})
     if tokenizer.pad_token is None:
         tokenizer.add_special_tokens({"pad_token": "<PAD>"})
@@ -201,8 +205,8 @@ def _outline(
         image_token_id=tokenizer.convert_tokens_to_ids(IMAGE),
         **_sizes(trained, kind, published),
     )
-    parts = Parts(tokenizer, AutoImageProcessor.from_pretrained(vision, backend="pil", **where), TEMPLATE, language)
-    return config, parts, found["model_type"]
+    images = AutoImageProcessor.from_pretrained(vision, backend="pil", trust_remote_code=trust, **where)
+    return config, Parts(tokenizer, images, TEMPLATE, language), found["model_type"]
 
 
 def _sizes(trained: Mapping[str, torch.Tensor], kind: str, name: str) -> dict[str, int]:
