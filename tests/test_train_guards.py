@@ -1,5 +1,6 @@
 """Guards of training: what is not finite, out of memory or stuck ends with a reason."""
 
+import io
 import re
 import subprocess
 import sys
@@ -7,8 +8,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 
+from pipeline.config import compose
 from pipeline.errors import UserError
+from pipeline.examples import Example, Turn
+from pipeline.student.load import load_student
 from pipeline.train import guards
 from pipeline.train.config import TrainConfig
 
@@ -48,6 +53,26 @@ def test_out_of_memory_says_what_to_lower_and_other_errors_pass():
         torch.empty(1 << 60, dtype=torch.uint8)
     with pytest.raises(RuntimeError, match="shapes"), guards.memory(cfg):
         raise RuntimeError("shapes do not fit")
+
+
+def test_smaller_images_are_advised_where_they_take_less(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for name, helps in (("qwen25-vl-7b", True), ("llava15-7b", False)):
+        model = compose([f"model={name}", "model.weights=random", "model.size=tiny"]).model
+        family = load_student(model).family
+        with pytest.raises(UserError) as caught, guards.memory(TrainConfig(), model, family):
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        assert ("model.max_pixels=500000 (smaller images)" in str(caught.value)) == helps
+        assert "\n" not in str(caught.value)
+    model = compose(["model=qwen25-vl-7b", "model.weights=random", "model.size=tiny", "model.max_pixels=40000"]).model
+    capped = load_student(model).family
+    assert "model.max_pixels=20000" in guards.advice(TrainConfig(), model, capped)
+    out = io.BytesIO()
+    Image.new("RGB", (800, 400)).save(out, "png")
+    one = Example("0", out.getvalue(), "png", (Turn("user", "what"), Turn("assistant", "red")), "", "", "")
+    assert capped._decode(one).size == (282, 141)
+    capped.max_pixels = 0
+    assert capped._decode(one).size == (800, 400)
 
 
 def test_a_hang_shows_where_it_is_and_steps_in_time_show_nothing():

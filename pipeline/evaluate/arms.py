@@ -171,4 +171,5 @@ def _merged(model, folder: Path):
 def describe(cfg: Config) -> dict:
     """The model settings that every arm's results share."""
     kept = ("name", "path", "family", "revision", "dtype", "attention", "max_length")
+    kept += ("max_pixels",) if cfg.model.max_pixels else ()
     return json.loads(json.dumps({key: getattr(cfg.model, key) for key in kept}))

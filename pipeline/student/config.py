@@ -30,6 +30,7 @@ class ModelConfig:
         weights: `published` loads them; `random` draws them and downloads nothing, for tests and benchmarks.
         size: of a model with random weights: `full` has the published shapes, `tiny` runs anywhere in seconds.
         max_length: longest sequence in tokens; longer conversations lose their end, never their image.
+        max_pixels: larger images are shrunk to so many pixels before the processor sees them; 0 for no limit.
     """
 
     name: str = MISSING
@@ -44,6 +45,7 @@ class ModelConfig:
     weights: str = "published"
     size: str = "full"
     max_length: int = 4096
+    max_pixels: int = 0
 
     def __post_init__(self) -> None:
         for key, known in (("dtype", DTYPES), ("attention", ATTENTION), ("weights", WEIGHTS), ("size", SIZES)):
@@ -54,3 +56,5 @@ class ModelConfig:
             raise UserError("model.size=tiny has no published weights: give model.weights=random with it")
         if self.max_length < 1:
             raise UserError(f"model.max_length is {self.max_length}: give at least 1")
+        if self.max_pixels < 0:
+            raise UserError(f"model.max_pixels is {self.max_pixels}: give 0 or more")

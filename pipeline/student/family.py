@@ -5,6 +5,8 @@ weights are loaded. A new family subclasses `Family` in a module of its own and 
 `NotImplementedError` here.
 """
 
+import io
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, ClassVar
@@ -35,6 +37,7 @@ class Family:
     """
 
     style = chat.Style()
+    max_pixels = 0  # larger images are shrunk to so many; 0 for no limit
     in_text = False  # whether the image's tokens are among the text's
     parts: ClassVar[tuple[str, ...]] = ()  # names that `model.parts` may give to `load`
 
@@ -199,10 +202,33 @@ class Family:
         from pipeline.examples import ImageError, decode
 
         try:
-            return decode(example.image)
+            image = decode(example.image)
         except ImageError as error:
             raise EncodeError(str(error)) from error
+        scale = math.sqrt(self.max_pixels / (image.width * image.height)) if self.max_pixels else 1.0
+        if scale >= 1:
+            return image
+        size = max(1, int(image.width * scale)), max(1, int(image.height * scale))
+        return image.resize(size, 1)  # Lanczos; maps lie on fractions of the image, which stay
+
+    def size_counts(self) -> bool:
+        """Whether a smaller image takes less memory: some processors bring all images to one size, and some models pad
+        them to the largest number of tiles."""
+        small, large = (sum(map(torch.numel, self.encode([_blank(side)]).inputs.values())) for side in (56, 1792))
+        return small < large
 
     def locate(self, ids: list[int]) -> dict[str, int]:
         """Where the image stands in the ids, for `collate_image`."""
         return {}
+
+
+def _blank(side: int) -> "Example":
+    """A question about a grey square."""
+    from PIL import Image
+
+    from pipeline.examples import Example, Turn
+
+    out = io.BytesIO()
+    Image.new("RGB", (side, side), (128, 128, 128)).save(out, "png")
+    turns = (Turn("user", "What is it?"), Turn("assistant", "a square"))
+    return Example("0", out.getvalue(), "png", turns, "", "", "")

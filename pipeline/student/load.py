@@ -143,6 +143,7 @@ def _student(cfg: ModelConfig, family: "type[Family]", model: "nn.Module", proce
     if not processor.chat_template:
         raise UserError(f"{cfg.path} has no chat template: use the instruction-tuned version of the model")
     made = family(processor, cfg.max_length, align)
+    made.max_pixels = cfg.max_pixels
     made.prepare(model)
     return Student(model.eval(), processor, made)
 

@@ -16,9 +16,12 @@ from pipeline.errors import UserError
 
 if TYPE_CHECKING:
     from pipeline.student.batch import StudentBatch
+    from pipeline.student.config import ModelConfig
+    from pipeline.student.family import Family
     from pipeline.train.config import TrainConfig
 
 IN_A_ROW = 10  # skipped steps that end a run: then it is not the examples
+PIXELS = 500_000  # of an image, where there was no limit: about 700 x 700
 SHOWN = 64  # keys in a message
 # What PyTorch says when there is no memory on a CPU; on a GPU it has an exception of its own.
 _CPU = re.compile(r"can't allocate memory|not enough memory: you tried to allocate")
@@ -79,20 +82,29 @@ def _of_all_processes(keys: list[str]) -> list[str]:
 
 
 @contextmanager
-def memory(cfg: TrainConfig) -> Iterator[None]:
-    """While active, running out of memory becomes one line that says what to lower."""
+def memory(cfg: TrainConfig, model: ModelConfig | None = None, family: Family | None = None) -> Iterator[None]:
+    """While active, running out of memory becomes one line that says what to lower.
+
+    Args:
+        model, family: of the student; without them no way is known to make its images smaller.
+    """
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise UserError(f"out of memory: {_first_line(error)}; {advice(cfg)}") from error
+        raise UserError(f"out of memory: {_first_line(error)}; {advice(cfg, model, family)}") from error
     except RuntimeError as error:
         if not _CPU.search(str(error)):
             raise
-        raise UserError(f"out of memory: {_first_line(error)}; {advice(cfg)}") from error
+        raise UserError(f"out of memory: {_first_line(error)}; {advice(cfg, model, family)}") from error
 
 
-def advice(cfg: TrainConfig) -> str:
+def advice(cfg: TrainConfig, model: ModelConfig | None = None, family: Family | None = None) -> str:
     """What would take less memory than these settings, the cheapest first."""
+    return "try " + ", ".join(ways(cfg, model, family))
+
+
+def ways(cfg: TrainConfig, model: ModelConfig | None = None, family: Family | None = None) -> list[str]:
+    """Settings that take less memory than these, and what each changes."""
     ways = []
     if cfg.micro_batch > 1:
         ways.append(f"train.micro_batch={cfg.micro_batch // 2} (the same result)")
@@ -102,10 +114,12 @@ def advice(cfg: TrainConfig) -> str:
         ways.append("train.logits_mb=64 (the same result)")
     if cfg.precision == "no":
         ways.append("train.precision=bf16")
-    ways.append("smaller images or texts (model.max_length)")
+    if model is not None and family is not None and family.size_counts():
+        ways.append(f"model.max_pixels={model.max_pixels // 2 or PIXELS} (smaller images)")
+    ways.append("a smaller model.max_length (shorter texts)")
     if cfg.method == "full":
         ways.append("train.method=lora")
-    return "try " + ", ".join(ways)
+    return ways
 
 
 def _first_line(error: BaseException) -> str:

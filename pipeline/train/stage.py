@@ -142,7 +142,7 @@ def _train(cfg: Config, run: Path, archive: Archive, left_out: list[int], steps:
     heldout = _held_out(cfg, run, accelerator, student.family, archive, left_out, start, shown, label)
     quiet = None if accelerator.is_main_process else io.StringIO()
     bar = Progress(label, total=steps, unit="steps", done=start, stream=quiet)
-    with bar as progress, Preemption() as preemption, guards.memory(cfg.train):
+    with bar as progress, Preemption() as preemption, guards.memory(cfg.train, cfg.model, student.family):
         done = train_loop(
             accelerator,
             wrapped,

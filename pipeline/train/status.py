@@ -62,6 +62,8 @@ def settings(cfg: Config) -> dict:
     model = {key: value for key, value in asdict(cfg.model).items() if key not in left_out}
     if cfg.model.weights == "published":  # settings of random weights; runs from before they existed stay good
         del model["weights"], model["size"]
+    if not cfg.model.max_pixels:  # as in runs from before there was a limit
+        del model["max_pixels"]
     arm = {key: value for key, value in asdict(cfg.arm).items() if key != "name"}
     # Without alignment its settings decide nothing, and plain fine-tuning must not go stale with them.
     align = asdict(cfg.align) if cfg.arm.lam > 0 else None
