@@ -1,5 +1,10 @@
 """Cross-entropy in chunks: the numbers of the plain one, in every family, and no logits of all positions anywhere."""
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from student_models import KINDS, build_student
@@ -122,3 +127,18 @@ def test_a_batch_without_labels_gives_zero_and_gradients_of_zero(tmp_path):
         assert ce == 0
         assert len(gradients) > 10
         assert not any(grad.any() for grad in gradients.values())
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("kind", ["mllama", "gemma3"])
+def test_two_processes_with_sharded_weights_compute_the_same_in_chunks(kind, tmp_path):
+    script = str(Path(__file__).parent / "two_ranks_crossentropy.py")
+    argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*argv, script, kind, str(tmp_path)], capture_output=True, text=True, timeout=500, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads((tmp_path / "out.json").read_text())
+    for way, (gap, missing, loss, calls, gave_up) in found.items():
+        assert gap < 1e-5 and loss < 1e-6 and not missing, way
+        assert calls == 2 and not gave_up, "the first way is the one in chunks"

@@ -25,8 +25,8 @@ def words(root: Path, name: str, *more: str) -> list[str]:  # noqa: F811
         "data.sizes={train: 12}",
         "data.shard_size=5",
         "train.steps=4",
-        "train.batch_size=4",
-        "train.micro_batch=4",
+        "train.batch_size=8",
+        "train.micro_batch=8",
         "train.checkpoint_every=4",
         "train.log_every=1",
         "train.freeze=[vision_model]",
@@ -86,13 +86,14 @@ def same_run(cfg: Config, reference: Config) -> None:
     ids=["accumulation", "checkpointing", "eager", "uneven"],
 )
 def test_the_run_is_the_same(root, reference, more):  # noqa: F811
+    """Accumulation: a batch of 8 at once is that of 8 times 1."""
     same_run(run(root, "".join(filter(str.isalnum, "".join(more))), *more), reference)
 
 
 def test_two_processes_compute_the_same_run(root, reference):  # noqa: F811
     """Of three held-out examples in batches of one the second process has one only, and keeps up."""
     cfg, out = ranks(root, "ddp", ["-m", "stages.train"], "train.micro_batch=1")
-    assert out.count("4 steps of 4") == 1, "one process speaks"
+    assert out.count("4 steps of 8") == 1, "one process speaks"
     same_run(cfg, reference)
 
 
