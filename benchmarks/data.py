@@ -5,20 +5,25 @@
 Sides of a ratio take turns in one process, and the ratio is the median of those of the turns, so that a slow moment
 hits both. Above 1 is faster than the other way.
 
-    shard_vs_bare          the shard stage against a bare loop that reads, checks (decodes) and writes the same images
-    shard_vs_webdataset    ... against webdataset's ShardWriter in such a loop
+    shard_vs_bare          the shard stage on one core against a bare loop on the same core that reads, checks (decodes)
+                           and writes the same images and texts and flushes them to the disk, as the stage does
+    shard_vs_unflushed     ... against the same loop without the flush: what it wrote may not be on the disk yet
+    shard_vs_webdataset    ... against webdataset's ShardWriter in such a loop, without a flush
     stream_vs_raw          examples with maps in training order against reading the same bytes and decoding the same
                            chunks in file order
     stream_vs_webdataset   examples alone in training order against webdataset streaming the tars
     maps_vs_jpeg           maps of random examples from the store against one JPEG per word
     *_bytes_per_map        on disk, files of the JPEG layout in blocks of 4 KiB
     resume_seconds         from nothing to the first batch in the middle of an epoch, at `--scale` examples
-    scale_*                `--scale` small examples: seconds to shard and open them, and peak memory of that process
+    scale_*                `--scale` small examples, and a tenth of them before and after in the same run: seconds to
+                           shard and open them, and peak memory of that process; scale_growth is seconds per example
+                           divided by those of the tenth: at most 1 is linear or better
 
 The last line is `RESULT {...}`.
 """
 
 import argparse
+import contextlib
 import io
 import json
 import os
@@ -28,7 +33,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -74,15 +79,19 @@ def config(source: Path, shards: Path, **data) -> Config:
     return Config(data=settings, engine=EngineConfig(workers=1), shards_dir=str(shards))
 
 
-def rates(sides: dict[str, Callable[[], int]], repeat: int) -> dict[str, list[float]]:
-    """Items per second of each side in every turn, after one for warming up."""
+def rates(
+    sides: dict[str, Callable[[], int]], repeat: int, settle: Callable[[], object] = lambda: None
+) -> dict[str, list[float]]:
+    """Items per second of each side in every turn, after one for warming up; `settle` is called after each, untimed."""
     taken: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(repeat + 1):
         for name, run in sides.items():
             start = time.perf_counter()
             count = run()
+            seconds = time.perf_counter() - start
             if turn:
-                taken[name].append(count / (time.perf_counter() - start))
+                taken[name].append(count / seconds)
+            settle()
     return taken
 
 
@@ -95,11 +104,14 @@ def ratio(found: dict[str, list[float]], one: str, other: str) -> float:
 
 
 def shard_rates(source: Path, folder: Path, repeat: int) -> dict[str, list[float]]:
+    """All on one core, so that no side has help. Between the sides everything is flushed, untimed: otherwise the stage,
+    which waits for the disk, would wait for what the loops before it left behind."""
     records = json.loads(source.read_text())
 
     def ours() -> int:
         shutil.rmtree(folder / "ours", ignore_errors=True)
-        return shard(config(source, folder / "ours")).counts["examples"]
+        with quiet():
+            return shard(config(source, folder / "ours")).counts["examples"]
 
     def read(record: dict) -> bytes:
         data = (source.parent / record["image"]).read_bytes()
@@ -107,11 +119,14 @@ def shard_rates(source: Path, folder: Path, repeat: int) -> dict[str, list[float
             image.convert("RGB")
         return data
 
-    def bare() -> int:
+    def bare(flush: bool) -> int:
         with (folder / "bare.bin").open("wb") as file:
             for record in records:
                 file.write(read(record))
                 file.write(json.dumps(record["conversations"]).encode())
+            if flush:
+                file.flush()
+                os.fsync(file.fileno())
         return len(records)
 
     def writer() -> int:
@@ -122,7 +137,39 @@ def shard_rates(source: Path, folder: Path, repeat: int) -> dict[str, list[float
                 sink.write({"__key__": f"{number:09d}", "jpg": read(record), "json": record["conversations"]})
         return len(records)
 
-    return rates({"ours": ours, "bare": bare, "webdataset": writer}, repeat)
+    def settle() -> None:
+        for file in (folder / "bare.bin", *folder.glob("wds-*.tar")):
+            if file.exists():
+                receipts.sync_tree(file)
+
+    sides = {"ours": ours, "bare": lambda: bare(True), "unflushed": lambda: bare(False), "webdataset": writer}
+    with one_core():
+        return rates(sides, repeat, settle)
+
+
+@contextlib.contextmanager
+def one_core() -> Iterator[None]:
+    """Keeps this process on the last of its cores."""
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {max(before)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without the stage's own lines."""
+    with (
+        Path(os.devnull).open("w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(nowhere),
+    ):
+        yield
 
 
 # --- maps ---
@@ -257,10 +304,12 @@ def scale_here(count: int, folder: Path) -> dict[str, float]:
         Image.new("RGB", (16, 16), (16 * number, 0, 0)).save(buffer, "PNG")
         (folder / f"{number}.png").write_bytes(buffer.getvalue())
         images.append(f"{number}.png")
-    with (folder / "list.jsonl").open("w") as file:
-        for number in range(count):
-            record = {"id": str(number), "image": images[number % 16], "conversations": conversation(number)}
-            file.write(json.dumps(record) + "\n")
+    for name, number_of in (("warm", 100), ("list", count)):  # the first brings in what is imported late
+        with (folder / f"{name}.jsonl").open("w") as file:
+            for number in range(number_of):
+                record = {"id": str(number), "image": images[number % 16], "conversations": conversation(number)}
+                file.write(json.dumps(record) + "\n")
+    shard(config(folder / "warm.jsonl", folder / "warm"))
     start = time.perf_counter()
     shard(config(folder / "list.jsonl", folder / "shards"))
     seconds = time.perf_counter() - start
@@ -279,8 +328,26 @@ def scale_here(count: int, folder: Path) -> dict[str, float]:
     return {"seconds": seconds, "open": opened, "resume": resumed, "peak_mb": peak}
 
 
-def measure(examples: int, side: int, count: int, repeat: int, folder: Path) -> dict[str, float]:
-    """Everything, as the keys of RESULT."""
+def measure_scale(count: int, folder: Path) -> dict[str, float]:
+    """The keys of RESULT that are about many examples. The tenth is measured on both sides of the whole, so that a
+    machine that gets busier does not look like growth."""
+    tenth, places = max(count // 10, 1), iter(range(3))
+    before, whole, after = (scale(n, folder / f"scale-{next(places)}") for n in (tenth, count, tenth))
+    small = (before["seconds"] + after["seconds"]) / 2
+    return {
+        "resume_seconds": whole["resume"],
+        "scale_examples": count,
+        f"scale_seconds_{count // 1000}k": whole["seconds"],
+        "scale_open_seconds": whole["open"],
+        "scale_seconds_tenth": small,
+        "scale_growth": whole["seconds"] / count / (small / tenth),
+        "scale_peak_mb": whole["peak_mb"],
+        "scale_peak_mb_tenth": max(before["peak_mb"], after["peak_mb"]),
+    }
+
+
+def measure(examples: int, side: int, repeat: int, folder: Path) -> dict[str, float]:
+    """The keys of RESULT that are rates and sizes."""
     source = photographs(folder / "photographs", examples, side)
     sharding = shard_rates(source, folder, repeat)
     archive = Archive(folder / "ours" / "d" / "examples" / "train")
@@ -292,11 +359,11 @@ def measure(examples: int, side: int, count: int, repeat: int, folder: Path) -> 
     streaming = stream_rates(archive, exact, repeat)
     error = max(float(np.abs(compact.get(key).unit() - exact.get(key).unit()).max(initial=0)) for key in some)
     sizes = [path.stat().st_size for paths in jpegs.values() for path in paths]
-    small, large = scale(max(count // 10, 1), folder / "scale-small"), scale(count, folder / "scale")
     return {
         "examples": examples,
         "shard_per_second": statistics.median(sharding["ours"]),
         "shard_vs_bare": ratio(sharding, "ours", "bare"),
+        "shard_vs_unflushed": ratio(sharding, "ours", "unflushed"),
         "shard_vs_webdataset": ratio(sharding, "ours", "webdataset"),
         "stream_per_second": statistics.median(streaming["joined"]),
         "stream_vs_raw": ratio(streaming, "joined", "raw"),
@@ -307,13 +374,6 @@ def measure(examples: int, side: int, count: int, repeat: int, folder: Path) -> 
         "compact_bytes_per_map": bytes_per_map(compact),
         "compact_max_error": error,
         "jpeg_bytes_per_map": float(np.mean([-(-size // BLOCK) * BLOCK for size in sizes])),
-        "resume_seconds": large["resume"],
-        "scale_examples": count,
-        f"scale_seconds_{count // 1000}k": large["seconds"],
-        "scale_open_seconds": large["open"],
-        "scale_seconds_tenth": small["seconds"],
-        "scale_peak_mb": large["peak_mb"],
-        "scale_peak_mb_tenth": small["peak_mb"],
     }
 
 
@@ -321,7 +381,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--examples", type=int, default=2000, help="for the ratios")
     parser.add_argument("--side", type=int, default=384, help="pixels of an image's side")
-    parser.add_argument("--scale", type=int, default=130_000)
+    parser.add_argument("--scale", type=int, default=130_000, help="examples of the large set; 0 leaves it out")
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--json", type=Path, help="where to write the result")
     parser.add_argument("--scale-only", type=int, default=0, help=argparse.SUPPRESS)
@@ -331,7 +391,9 @@ def main() -> int:
         print(json.dumps(scale_here(given.scale_only, given.folder)))
         return 0
     with tempfile.TemporaryDirectory(prefix="bench-data-") as folder:
-        found = measure(given.examples, given.side, given.scale, given.repeat, Path(folder))
+        found = measure(given.examples, given.side, given.repeat, Path(folder))
+        if given.scale:
+            found |= measure_scale(given.scale, Path(folder))
     result = {name: round(value, 4) if isinstance(value, float) else value for name, value in found.items()}
     if given.json:
         given.json.write_text(json.dumps(result, indent=1) + "\n")
