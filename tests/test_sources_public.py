@@ -445,7 +445,7 @@ def test_evaluation_images_are_refused(tmp_path, flickr):
     shard(config(tmp_path, **flickr, evaluation=[str(held)], max_failed=1))
 
 
-def test_the_papers_mixture_keeps_its_test_images_out(tmp_path, flickr):
+def test_the_papers_mixture_keeps_its_test_images_out(tmp_path, flickr, capsys):
     """The config itself, on four tiny parts; one of them holds an image of Flickr30k's test split."""
     laion(tmp_path / "laion")
     rows = [{"image": {"bytes": png(n)}, "question": "Q?", "chosen": "A", "idx": n} for n in (50, 51)]
@@ -463,8 +463,18 @@ def test_the_papers_mixture_keeps_its_test_images_out(tmp_path, flickr):
     given = [f"data.parts.{name}.path={folder}" for name, folder in folders.items()]
     cfg = compose(["data=lavender130k", *given, "data.max_failed=1", f"shards_dir={tmp_path}/shards"])
     assert shard(cfg).counts["status"]["ok"] == 11
-    sources = {example.source for example in Archive(tmp_path / "shards/lavender130k/examples/train")}
-    assert sources == set(folders)
+    told = capsys.readouterr().out
+    for line in (
+        "flickr30k: 5 inputs (train 3, test 1, val 1) of 31783 expected, 31778 fewer; weight 1; licence Flickr terms",
+        "laion: 8 inputs (train 8) of 50000 expected, 49992 fewer; weight 1; licence CC-BY-4.0",
+        "rlaif_v: 2 inputs (train 2) of 83132 expected, 83130 fewer; weight 1; licence CC-BY-NC-4.0",
+        "ocrvqa: 1 inputs (train 1) of 30000 expected, 29999 fewer; weight 1; licence research only",
+    ):
+        assert line in told
+    licences = {example.source: example.licence for example in Archive(tmp_path / "shards/lavender130k/examples/train")}
+    assert licences == {name: cfg.data.parts[name]["licence"] for name in folders}
+    cfg.data.parts["rlaif_v"]["expected"] = 2
+    assert "rlaif_v: 2 inputs (train 2) of 2 expected; weight" in "\n".join(open_source(cfg.data, None).report())
     table(tmp_path / "rlaif" / "a.parquet", [{**rows[0], "image": {"bytes": png(2)}}, rows[1]])
     cfg.overwrite = True
     with pytest.raises(UserError, match=r"1 image of data.evaluation.*rlaif_v/50"):

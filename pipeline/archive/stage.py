@@ -53,6 +53,8 @@ def _shard(cfg: "Config", layout: Layout) -> StageResult:
     source = open_source(cfg.data, layout)  # first, so that data that is not there leaves no folders behind
     with receipts.hold(layout.examples_dir()):
         jobs = _plan(cfg, layout, source)
+        for line in source.report():
+            print(f"shard: {line}", flush=True)
         missing = [job for job in (_to_do(job, cfg) for job in jobs) if job]
         if cfg.dry_run:
             inputs = sum(job.stop - job.start for job in missing)

@@ -67,6 +67,10 @@ class Source(ABC):
             stamp: a file in which hashes of large inputs may be kept until those change.
         """
 
+    def report(self) -> list[str]:
+        """Lines for people about what will be read, where the counts of the splits do not say it all."""
+        return []
+
 
 class FileSource(Source):
     """A source whose content is that of some files per split."""

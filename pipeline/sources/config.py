@@ -27,7 +27,8 @@ class DataConfig:
         prompt: the question put before a caption, for sources of captions.
         captions: `first` or `all` captions of an image, each as an example of its own.
         columns: what the columns of a table are called: image, question, answer, conversations, id.
-        parts: data sets of a mixture by name, each with settings of its own and a `weight` (1 takes it once).
+        parts: data sets of a mixture by name, each with settings of its own, a `weight` (1 takes it once) and the
+            number of inputs that are `expected` of it (0: not known); another number is told, not refused.
         evaluation: splits, folders or files of images that must not be trained on, compared by content.
         retry_failed: read the inputs again that failed before, and only those.
         sizes: inputs per split, for sources that generate them.

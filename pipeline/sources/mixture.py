@@ -1,7 +1,7 @@
 """Several data sets as one, evenly interleaved; every example keeps the name and the licence of its own.
 
 `data.parts` names them, each with the settings it would have alone and a `weight`: 1 takes it once, 0.5 every other
-input, 2 each one twice.
+input, 2 each one twice. `expected` is how many inputs a part should have, so that half a download is noticed.
 """
 
 from collections.abc import Iterator, Mapping
@@ -31,25 +31,25 @@ def open_source(data: DataConfig, layout: "Layout") -> "Mixture":
         raise UserError(f"data '{data.name}' needs data.parts: name: {{kind, path, ...}}")
     parts = {}
     for name, given in data.parts.items():
-        settings, weight = part_config(name, given, data)
-        parts[name] = Part(open_part(settings, layout), settings.licence, weight, settings.limit)
+        settings, weight, expected = part_config(name, given, data)
+        parts[name] = Part(open_part(settings, layout), settings.licence, weight, settings.limit, expected)
     return Mixture(parts)
 
 
-def part_config(name: str, given: Mapping[str, Any], data: DataConfig) -> tuple[DataConfig, float]:
-    """The settings of one part and its weight."""
+def part_config(name: str, given: Mapping[str, Any], data: DataConfig) -> tuple[DataConfig, float, int]:
+    """The settings of one part, its weight and the inputs expected of it."""
     known = {entry.name for entry in fields(DataConfig)}
     settings = dict(given)
-    weight = float(settings.pop("weight", 1.0))
+    weight, expected = float(settings.pop("weight", 1.0)), int(settings.pop("expected", 0))
     if unknown := sorted(settings.keys() - known):
         raise UserError(
-            f"data.parts.{name}.{unknown[0]}: unknown setting; a part has {', '.join(sorted(known))}, weight"
+            f"data.parts.{name}.{unknown[0]}: unknown setting; a part has {', '.join(sorted(known))}, weight, expected"
         )
     if settings.get("kind") == "mixture" or weight <= 0:
         raise UserError(f"data.parts.{name}: needs a kind other than mixture and a weight above 0")
     if settings.get("path") in (None, "", "???"):
         raise UserError(f"data.parts.{name}.path is not set: give data.parts.{name}.path=...")
-    return DataConfig(**{"prompt": data.prompt, "captions": data.captions, **settings, "name": name}), weight
+    return DataConfig(**{"prompt": data.prompt, "captions": data.captions, **settings, "name": name}), weight, expected
 
 
 @dataclass
@@ -60,6 +60,7 @@ class Part:
     licence: str
     weight: float
     limit: int
+    expected: int = 0
 
     def available(self, split: str) -> int:
         """Inputs of a split, with the part's own limit."""
@@ -69,6 +70,18 @@ class Part:
     def taken(self, split: str) -> int:
         """Inputs that the mixture takes."""
         return round(self.available(split) * self.weight)
+
+    def report(self) -> str:
+        """Inputs by split, whether as many as expected, weight and licence. Expected are those of all splits together,
+        or of train where `limit` cuts each split."""
+        splits = {split: self.available(split) for split in self.source.splits()}
+        found = splits.get("train", 0) if self.limit else sum(splits.values())
+        counted = ", ".join(f"{split} {count}" for split, count in splits.items())
+        text = f"{found} inputs ({counted})"
+        if self.expected:
+            off = found - self.expected
+            text += f" of {self.expected} expected" + (f", {abs(off)} {'more' if off > 0 else 'fewer'}" if off else "")
+        return f"{text}; weight {self.weight:g}; licence {self.licence}"
 
 
 @dataclass
@@ -96,6 +109,9 @@ class Mixture(Source):
         ]
         for which in order[start:stop]:
             yield next(streams[which])
+
+    def report(self) -> list[str]:
+        return [f"{name}: {part.report()}" for name, part in self.parts.items()]
 
     def fingerprint(self, stamp: Path) -> dict[str, str]:
         return {
