@@ -26,6 +26,7 @@ from typing import Any
 from pipeline.errors import UserError
 
 SCHEMA = 1
+REMOTE = "remote.json"  # names the URL from which what is missing below its folder comes when it is needed
 PACKAGES = ("dask", "diffusers", "numcodecs", "numpy", "pillow", "pyarrow", "regex", "torch", "transformers", "zarr")
 _BLOCK = 1 << 20
 
@@ -290,6 +291,11 @@ def damages(path: Path) -> list[str]:
     return found
 
 
+def awaited(path: Path) -> Path | None:
+    """The folder above that knows from where a missing file comes, if there is one (`pipeline.remote`)."""
+    return next((folder for folder in list(path.parents)[:3] if (folder / REMOTE).exists()), None)
+
+
 def _damage(path: Path, entry: Entry, parts: dict[str, list] | None) -> list[str]:
     try:
         _check_file(path, entry, parts, full=True)
@@ -379,6 +385,8 @@ def _short(value: Any) -> str:
 def _check_file(path: Path, entry: Entry, parts: dict[str, list] | None, full: bool) -> bool:
     """Raises Damaged if the file differs; returns whether only its time did."""
     if not path.exists():
+        if awaited(path):
+            return False  # it is checked when it arrives
         raise Damaged(f"{path}: is missing: run the stage again")
     if parts is None:
         stat = path.stat()
@@ -406,9 +414,10 @@ def _check_file(path: Path, entry: Entry, parts: dict[str, list] | None, full: b
 
 def _restamp(receipt: Receipt, document: dict) -> None:
     """Notes new file times after a copy, so that the next quick check need not hash; not possible is not an error."""
-    stamps = {}
+    stamps = {name: entry.mtime_ns for name, entry in receipt.files.items()}
     for name, entry in receipt.files.items():
-        stamps[name] = _mtime(receipt.path.parent / name, entry.parts is not None)
+        if (receipt.path.parent / name).exists():
+            stamps[name] = _mtime(receipt.path.parent / name, entry.parts is not None)
     with contextlib.suppress(OSError):
         _write_document(receipt.path, {**document, "stamps": stamps})
 

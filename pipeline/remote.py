@@ -2,12 +2,15 @@
 
 Any fsspec URL works (`s3://`, `gs://`, `hf://`, `file://`, ...). A remote folder looks like a local one: a manifest,
 receipts, and the files they vouch for. A fetched file gets its name only when its size and sha256 are those of its
-receipt, so what lies on the local disk is as good as what was made there.
+receipt, so what lies on the local disk is as good as what was made there. Tars and maps may also come later, each when
+it is first used (`pull(..., lazy=True)`).
 """
 
+import fcntl
+import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ from pipeline import receipts
 from pipeline.errors import UserError
 
 MANIFEST = "manifest.json"
+COMMIT_FILES = 500  # files of one commit on the Hugging Face hub
 
 
 class Remote:
@@ -61,12 +65,46 @@ class Remote:
         except OSError as error:
             raise UserError(f"{self.url}/{name}: cannot be written: {type(error).__name__}: {error}") from error
 
+    def put_all(self, files: Sequence[tuple[Path, str]]) -> None:
+        """Copies files there, in order. A write to a repository of the hub is a commit, of which it allows some hundred
+        an hour, so there many files make one."""
+        repository = self._repository()
+        if repository is None:
+            for local, name in files:
+                self.put(local, name)
+            return
+        from huggingface_hub import CommitOperationAdd, HfApi
 
-def pull(url: str, folder: Path, shards: list[str] | None = None, **options: Any) -> int:
+        api = HfApi(endpoint=self.fs.endpoint, token=self.fs.token)
+        for first in range(0, len(files), COMMIT_FILES):
+            part = files[first : first + COMMIT_FILES]
+            prefix = f"{repository.path_in_repo}/".lstrip("/")
+            added = [CommitOperationAdd(f"{prefix}{name}", str(local)) for local, name in part]
+            message = f"{part[-1][1]} and {len(part) - 1} more files"
+            try:
+                api.create_commit(
+                    repository.repo_id, added, commit_message=message,
+                    repo_type=repository.repo_type, revision=repository.revision,
+                )  # fmt: skip
+            except OSError as error:
+                raise UserError(f"{self.url}: cannot be written: {type(error).__name__}: {error}") from error
+        self.fs.invalidate_cache()
+
+    def _repository(self) -> Any:
+        """What the hub says about the repository, if the URL is in one (its buckets take single files)."""
+        if "hf" not in (self.fs.protocol if isinstance(self.fs.protocol, tuple) else (self.fs.protocol,)):
+            return None
+        found = self.fs.resolve_path(self.root)
+        return found if hasattr(found, "path_in_repo") else None
+
+
+def pull(url: str, folder: Path, shards: list[str] | None = None, lazy: bool = False, **options: Any) -> int:
     """Stages a folder with a manifest: metadata first, then every shard that is not here and whole already.
 
     Args:
         shards: stems to stage, e.g. `["00000"]`; all by default. Others keep their receipts only.
+        lazy: fetch the receipts and the tables now, tars and maps when they are first used (`stage`), by the same
+            URL and without `options`.
 
     Returns:
         Number of shards that were fetched.
@@ -74,14 +112,17 @@ def pull(url: str, folder: Path, shards: list[str] | None = None, **options: Any
     remote, folder = Remote(url, **options), Path(folder)
     fetched = 0
     with receipts.hold(folder):
+        (folder / receipts.REMOTE).unlink(missing_ok=True)  # so that what is missing counts as missing
         for name in _tree(remote, folder, MANIFEST):
             receipt = receipts.load(folder / name)
             if not receipt.files or (shards is not None and Path(name).stem not in shards):
                 continue
             if receipts.is_current(folder / name, full=False):
                 continue
-            _fetch_files(remote, folder, name, receipt)
+            _fetch_files(remote, folder, name, receipt, tables_only=lazy)
             fetched += 1
+        if lazy:
+            receipts.write_file(folder / receipts.REMOTE, json.dumps({"url": remote.url}).encode())
         remote.fetch(MANIFEST, folder / MANIFEST)  # last, so that an interrupted pull is not taken for a whole one
     return fetched
 
@@ -112,10 +153,32 @@ def _is_the(path: Path, digest: str) -> bool:
         return False
 
 
-def _fetch_files(remote: Remote, folder: Path, name: str, receipt: receipts.Receipt) -> None:
+def stage(receipt: receipts.Receipt) -> None:
+    """Fetches what a shard lacks, if it was pulled lazily; several processes may ask for it at once.
+
+    Raises:
+        Damaged: what arrived is not what the receipt vouches for.
+        UserError: it cannot be fetched.
+    """
+    folder = receipt.path.parent
+    if all((folder / name).exists() for name in receipt.files):
+        return
+    home = receipts.awaited(receipt.path)
+    if home is None:
+        return  # the reader says what is missing
+    with (folder / f".{receipt.path.stem}.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not all((folder / name).exists() for name in receipt.files):
+            url = json.loads((home / receipts.REMOTE).read_bytes())["url"]
+            _fetch_files(Remote(url), home, receipt.path.relative_to(home).as_posix(), receipt)
+
+
+def _fetch_files(remote: Remote, folder: Path, name: str, receipt: receipts.Receipt, tables_only: bool = False) -> None:
     below = Path(name).parent
     for file, entry in receipt.files.items():
         where = (below / file).as_posix()
+        if tables_only and Path(file).suffix != ".parquet":
+            continue
         if ".." in Path(where).parts or Path(where).is_absolute():
             raise UserError(f"{remote.url}/{name}: names a file outside its folder: {file}")
         if entry.parts is None:
@@ -130,7 +193,8 @@ def _fetch_files(remote: Remote, folder: Path, name: str, receipt: receipts.Rece
             receipts.commit_dir(tmp, folder / where)
         finally:
             shutil.rmtree(tmp, ignore_errors=True)
-    receipts.check(folder / name)
+    if not tables_only:
+        receipts.check(folder / name)
 
 
 def push(folder: Path, url: str, **options: Any) -> int:
@@ -146,17 +210,17 @@ def push(folder: Path, url: str, **options: Any) -> int:
     receipts.check(folder / MANIFEST, full=True)
     remote = Remote(url, **options)
     names = [name for name in _local_tree(folder, MANIFEST) if name != MANIFEST]
-    sent = 0
+    files: list[tuple[Path, str]] = []
     for name in [*names, MANIFEST]:
-        below = Path(name).parent
-        for file, entry in receipts.load(folder / name).files.items():
-            where = (below / file).as_posix()
-            for part in [where] if entry.parts is None else [f"{where}/{part}" for part in entry.parts]:
-                remote.put(folder / part, part)
-                sent += 1
-        remote.put(folder / name, name)
-        sent += 1
-    return sent
+        receipt = receipts.load(folder / name)
+        stage(receipt)
+        for file, entry in receipt.files.items():
+            where = (Path(name).parent / file).as_posix()
+            parts = [where] if entry.parts is None else [f"{where}/{part}" for part in entry.parts]
+            files += [(folder / part, part) for part in parts]
+        files.append((folder / name, name))
+    remote.put_all(files)
+    return len(files)
 
 
 def _local_tree(folder: Path, top: str) -> Iterator[str]:

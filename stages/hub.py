@@ -1,17 +1,19 @@
 """Reads the shards or maps of DATA and writes them to a URL, or the other way round; every byte is checked.
 
     python -m stages.hub push URL [maps] [data=... teacher=...]
-    python -m stages.hub pull URL [maps] [data=... teacher=...]
+    python -m stages.hub pull URL [maps] [lazy=true] [data=... teacher=...]
 
 URL is anything fsspec knows: hf://datasets/OWNER/NAME/world, s3://bucket/folder, file:///mnt/shared/world. With `maps`
-the maps of TEACHER are meant, each split below URL, else the examples.
+the maps of TEACHER are meant, each split below URL, else the examples. With `lazy=true` receipts and tables come now,
+each tar and each shard of maps when training first uses it, checked in the same way.
 """
 
 import sys
 
 from stages.cli import guarded, usage
 
-USAGE = "usage: python -m stages.hub push|pull URL [maps] [data=... teacher=...]"
+USAGE = "usage: python -m stages.hub push|pull URL [maps] [lazy=true] [data=... teacher=...]"
+LAZY = "lazy=true"
 
 
 def main() -> int:
@@ -30,9 +32,10 @@ def move(given: list[str]) -> None:
 
     plain = [word for word in given if "=" not in word]
     maps = "maps" in plain[2:]
-    if len(plain) != 2 + maps or plain[0] not in ("push", "pull"):
+    lazy = LAZY in given
+    if len(plain) != 2 + maps or plain[0] not in ("push", "pull") or (lazy and plain[0] == "push"):
         raise UserError(USAGE)
-    cfg = compose([word for word in given if "=" in word])
+    cfg = compose([word for word in given if "=" in word and word != LAZY])
     layout, url = Layout(cfg), plain[1].rstrip("/")
     folders = {url: layout.examples_dir()}
     if maps:
@@ -44,7 +47,8 @@ def move(given: list[str]) -> None:
         if plain[0] == "push":
             print(f"hub: pushed {push(folder, place)} files of {folder} to {place}")
         else:
-            print(f"hub: pulled {pull(place, folder)} shards from {place} into {folder}")
+            when = ", the rest when it is used" if lazy else ""
+            print(f"hub: pulled {pull(place, folder, lazy=lazy)} shards from {place} into {folder}{when}")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import numpy as np
 from pipeline import receipts
 from pipeline.archive.status import MANIFEST
 from pipeline.examples import KEPT, Example, Turn
+from pipeline.remote import stage
 
 
 class Archive(Sequence[Example]):
@@ -86,6 +87,7 @@ class Archive(Sequence[Example]):
         """One opened shard."""
         shard = self._open.get(number)
         if shard is None:
+            stage(self._receipts[number])
             shard = self._open[number] = Shard(self._receipts[number], self.hashed)
         return shard
 

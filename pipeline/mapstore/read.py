@@ -31,6 +31,7 @@ from pipeline.mapstore.schema import (
     unpack,
 )
 from pipeline.receipts import Damaged
+from pipeline.remote import stage
 
 MANIFEST = "manifest.json"
 _SMALL = {"range": "<f4", "status": "u1", "turn": "<i4", "start": "<i4", "end": "<i4", "offsets": "<i8"}
@@ -110,6 +111,7 @@ class MapStore:
         group = self._groups.get(name)
         if group is None:
             path = self.folder / f"{name}.zarr"
+            stage(self._receipts[name])
             group = self._groups[name] = Group(path, name, self._receipts[name].files[path.name].parts)
         return group
 
