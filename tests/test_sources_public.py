@@ -13,7 +13,7 @@ from quick_disk import quick_disk  # noqa: F401 (used by every test)
 
 from pipeline.archive.read import Archive, read_table
 from pipeline.archive.stage import shard
-from pipeline.config import Config, compose
+from pipeline.config import Config, choices, compose
 from pipeline.engine import EngineConfig
 from pipeline.errors import UserError
 from pipeline.sources import KINDS, open_source
@@ -525,3 +525,31 @@ def test_every_config_composes(name):
     if name in GIVEN:
         with pytest.raises(UserError, match="/nowhere"):
             open_source(compose([f"data={name}", "data.path=/nowhere"]).data, None)
+
+
+def test_every_config_fills_shards(tmp_path, flickr):
+    """Each file of conf/data with a few inputs; the four that are not here are sharded in tests of their own."""
+    turns = [{"from": "human", "value": "Q?"}, {"from": "gpt", "value": "A"}]
+    (tmp_path / "list.json").write_text(json.dumps([{"image": "0.jpg", "conversations": turns}]))
+    laion(tmp_path / "laion", 1)
+    table(tmp_path / "hf" / "x.parquet", [{"image": png(), "question": "Q?", "answer": "A"}])
+    table(tmp_path / "rlaif" / "x.parquet", [{"image": {"bytes": png()}, "question": "Q?", "chosen": "A"}])
+    tar(tmp_path / "wds" / "0.tar", [("a.png", png()), ("a.json", json.dumps({"conversations": turns}).encode())])
+    (tmp_path / "ocr").mkdir()
+    (tmp_path / "ocr" / "b.png").write_bytes(png())
+    book = {"imageURL": "x.png", "questions": ["Who?"], "answers": ["Me"], "split": 1}
+    (tmp_path / "ocr" / "dataset.json").write_text(json.dumps({"b": book}))
+    paths = {
+        "easy_vqa": (["data.limit=2"], 6), "flickr30k": ([f"data.path={tmp_path}"], 4),
+        "hf": ([f"data.path={tmp_path}/hf"], 1), "laion": ([f"data.path={tmp_path}/laion"], 2),
+        "llava_json": ([f"data.path={tmp_path}/list.json"], 1), "ocrvqa": ([f"data.path={tmp_path}/ocr"], 1),
+        "rlaif_v": ([f"data.path={tmp_path}/rlaif"], 1), "webdataset": ([f"data.path={tmp_path}/wds"], 1),
+        "world": (["data.sizes={train: 2, val: 1, test: 1, ood_pairs: 1, ood_count: 1, ood_background: 1}"], 7),
+    }  # fmt: skip
+    elsewhere = {"flickr30k_entities", "lavender130k", "pope", "worldmedqa"}
+    assert set(paths) == set(choices("data")) - elsewhere
+    for name, (given, examples) in paths.items():
+        cfg = compose([f"data={name}", *given, "data.max_failed=1", f"shards_dir={tmp_path}/shards"])
+        assert shard(cfg).counts["examples"] == examples, name
+        first = Archive(tmp_path / "shards" / name / "examples" / "train")[0]
+        assert (first.source, first.licence) == (name, cfg.data.licence)

@@ -457,3 +457,33 @@ def test_a_stage_that_is_up_to_date_imports_nothing_heavy(done):
                  f"teacher.path={cfg.teacher.path}", "teacher.batch_size=4", "teacher.phrases=phrase",
                  f"shards_dir={cfg.shards_dir}"]  # fmt: skip
     subprocess.run([sys.executable, "-c", code, *arguments], check=True, cwd=Path(stage.__file__).parents[2])
+
+
+def test_maps_are_of_what_the_models_see(weights, tmp_path, monkeypatch):
+    """An image that says it lies on its side, and others in odd forms, have the maps of the plain upright image."""
+    rng = np.random.default_rng(0)
+    upright = Image.fromarray(rng.integers(0, 255, (24, 40, 3), dtype=np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter clockwise
+    upright.save(tmp_path / "0.png")
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "1.png", exif=exif)
+    clear = upright.convert("RGBA")
+    clear.putalpha(255)
+    clear.save(tmp_path / "2.png")
+    upright.save(tmp_path / "3.png", format="WEBP", lossless=True)
+    upright.save(tmp_path / "4.png", save_all=True, append_images=[upright.transpose(Image.Transpose.ROTATE_180)])
+    turns = [{"from": "human", "value": "Where?"}, {"from": "gpt", "value": "The red circle is there."}]
+    records = [{"id": str(n), "image": f"{n}.png", "conversations": turns} for n in range(5)]
+    (tmp_path / "list.json").write_text(json.dumps(records))
+    monkeypatch.setattr(job, "image_seed", lambda seed, image: seed)  # otherwise each file has noise of its own
+    cfg = compose(["data=llava_json", f"data.path={tmp_path}/list.json", f"shards_dir={tmp_path}/s", "engine.workers=1",
+                   f"teacher.path={weights}", "teacher.batch_size=1"])  # fmt: skip
+    shards.shard(cfg)
+    stage.precompute(cfg)
+    folder = tmp_path / "s/llava_json"
+    keys = Archive(folder / "examples/train").keys
+    store = MapStore(folder / f"maps/{cfg.teacher.name}/train")
+    plain = store.get(keys[0])
+    assert plain.maps.any()
+    for key in keys[1:]:
+        assert np.array_equal(store.get(key).maps, plain.maps), key

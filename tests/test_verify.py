@@ -102,6 +102,34 @@ def test_damaged_chunks_of_maps_are_named(cfg, tmp_path):
     assert any("more: does not belong there" in line for line in lines)
 
 
+def test_as_commands(cfg, command, tmp_path):
+    """What `make verify`, `make verify ARGS=repair=true` and `make shard ARGS=data.retry_failed=true` start."""
+    settings = ["data=llava_json", "data.name=d", f"data.path={tmp_path}/list.json", "data.shard_size=2",
+                "data.licence=unknown", f"shards_dir={tmp_path}/s", f"runs_dir={tmp_path}/r"]  # fmt: skip
+    tar = folder(cfg) / "00001.tar"
+    sound = tar.read_bytes()
+    damage(tar)
+    found = command("verify", *settings)
+    assert found.returncode == 2
+    assert f"{tar}: its content has changed" in found.stdout
+    assert found.stderr.startswith("error: 1 damaged") and "repair=true" in found.stderr
+    assert command("verify", *settings, "repair=true").returncode == 0
+    assert tar.read_bytes() == sound
+    assert "0 damaged" in command("verify", *settings).stdout
+
+    (tmp_path / "3.png").rename(tmp_path / "away.png")
+    other = [word for word in settings if not word.startswith("shards_dir")] + [f"shards_dir={tmp_path}/t"]
+    told = command("shard", *other)
+    assert told.returncode == 2
+    assert "1 of 6 inputs failed" in told.stderr and "3.png does not exist" in told.stderr
+    assert command("shard", *other, "data.max_failed=0.5").returncode == 0
+    (tmp_path / "away.png").rename(tmp_path / "3.png")
+    told = command("shard", *other, "data.retry_failed=true")
+    assert (told.returncode, told.stderr) == (0, "")
+    assert "6 inputs, 6 examples in 3 shards" in told.stdout
+    assert (tmp_path / "t/d/examples/train/00001.tar").read_bytes() == sound
+
+
 # --- the authors' layout ---
 
 
