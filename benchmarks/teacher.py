@@ -4,7 +4,8 @@
 
 Random weights in the shapes of Stable Diffusion v1.4 (or a tiny model for a smoke run), on all cores unless
 `--threads` says less, and a caption cut as CLIP's vocabulary cuts it. All arms of a ratio run in turns in one process,
-so that a slow moment hits them alike, and each counts with its fastest turn, because other processes can only add. No
+so that a slow moment hits them alike, and each counts with its fastest turn, because other processes can only add; on
+the CPU in processor time, which a process that waits for a core is not charged (images per second are of the wall). No
 further turn begins that would not end within `--minutes`; the result says how many there were. Memory is measured with
 each arm in a process of its own, as the peak above what the weights take; on the CPU the C library is told to give
 every tensor back when it is freed, because what its heap keeps differs by a fifth from run to run. Arms, all ending at
@@ -293,12 +294,19 @@ class Bench:
 
 
 class Turns(dict[str, float]):
-    """Seconds of the fastest turn of each run, and how many turns there were."""
+    """Seconds of the fastest turn of each run by one clock; the same on the wall, and how many turns there were."""
 
-    count: int = 0
+    def __init__(self) -> None:
+        self.wall: dict[str, float] = {}
+        self.count = 0
 
 
-def in_turns(runs: dict[str, Callable[[], object]], repeat: int, end: float = float("inf")) -> Turns:
+def in_turns(
+    runs: dict[str, Callable[[], object]],
+    repeat: int,
+    end: float = float("inf"),
+    clock: Callable[[], float] = time.perf_counter,
+) -> Turns:
     """Times runs that take turns: `repeat` times, but no turn after the first begins that would, if it takes as long
     as the longest before it, not end by `end` (of `time.monotonic`)."""
     out, longest = Turns(), 0.0
@@ -306,9 +314,10 @@ def in_turns(runs: dict[str, Callable[[], object]], repeat: int, end: float = fl
         first = time.monotonic()
         for name, call in runs.items():
             gc.collect()
-            began = time.perf_counter()
+            began, wall = clock(), time.monotonic()
             call()
-            out[name] = min(out.get(name, float("inf")), time.perf_counter() - began)
+            out[name] = min(out.get(name, float("inf")), clock() - began)
+            out.wall[name] = min(out.wall.get(name, float("inf")), time.monotonic() - wall)
         out.count += 1
         longest = max(longest, time.monotonic() - first)
     return out
@@ -353,7 +362,7 @@ def memory(args: argparse.Namespace) -> dict[str, int]:
 
 
 @torch.no_grad()
-def stage(bench: Bench, images: int, repeat: int, end: float) -> Turns:
+def stage(bench: Bench, images: int, repeat: int, end: float, clock: Callable[[], float]) -> Turns:
     """Seconds of reading `images` pictures from files to stored maps, and of its bare parts one by one."""
     from pipeline.examples import decode
     from pipeline.mapstore.schema import example_maps
@@ -394,6 +403,7 @@ def stage(bench: Bench, images: int, repeat: int, end: float) -> Turns:
         },
         repeat,
         end,
+        clock,
     )
 
 
@@ -419,6 +429,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(peak_above_weights(args.memory_of, args))
         return 0
     began = time.monotonic()
+    clock = time.process_time if args.device == "cpu" else time.perf_counter
 
     def end(share: float) -> float:
         return began + share * args.minutes * 60
@@ -427,14 +438,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     print("  ".join(f"{arm} {value / 1e6:.0f} MB above the weights" for arm, value in memory_of.items()), flush=True)
     bench = Bench(args)
     bench.record()
-    layers = in_turns({arm: lambda arm=arm: bench.replay(arm) for arm in LAYERS}, REPLAYS, end(FORWARDS))
-    seconds = in_turns({arm: lambda arm=arm: bench.run(arm) for arm in WHOLE}, args.repeat, end(FORWARDS))
+    layers = in_turns({arm: lambda arm=arm: bench.replay(arm) for arm in LAYERS}, REPLAYS, end(FORWARDS), clock)
+    seconds = in_turns({arm: lambda arm=arm: bench.run(arm) for arm in WHOLE}, args.repeat, end(FORWARDS), clock)
     for arm in (*ARMS, "daam"):
         time_of = f"{seconds[arm]:8.3f} s" if arm in seconds else f"{'':10}"
         alone = f"  {layers[arm]:7.3f} s its cross-attention alone" if arm in layers else ""
         print(f"{arm:<8} {time_of}{alone}", flush=True)
     images = max(args.images, args.batch)
-    whole = stage(bench, images, max(1, args.repeat - 1), end(1))
+    whole = stage(bench, images, max(1, args.repeat - 1), end(1), clock)
     print("  ".join(f"{name} {value:.3f} s" for name, value in whole.items()), flush=True)
     bare_parts = sum(value for name, value in whole.items() if name != "stage")
     overheads = {arm: layers[arm] - layers["bare"] for arm in LAYERS[1:]}
@@ -445,6 +456,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "dtype": args.dtype,
         "batch": args.batch,
         "threads": args.threads,
+        "clock": "processor" if args.device == "cpu" else "wall",
         "words": len(bench.text.spans),
         "tokens": bench.tokens,
         "bare_seconds": seconds["bare"],
@@ -459,10 +471,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "store_all_kept_bytes": bench.kept_bytes["store"],
         "early_exit_ratio": seconds["early"] / seconds["full"],
         "stage_vs_parts": bare_parts / whole["stage"],
-        "images_per_second": images / whole["stage"],
+        "images_per_second": images / whole.wall["stage"],
         "nfe": 1,
         "null_text_nfe": TeacherConfig(name="n", path="", inversion="null-text", timesteps=[]).forwards,
-        "hours_for_130000": 130_000 * whole["stage"] / images / 3600,
+        "hours_for_130000": 130_000 * whole.wall["stage"] / images / 3600,
         "forward_turns": seconds.count,
         "layer_turns": layers.count,
         "stage_turns": whole.count,

@@ -9,6 +9,7 @@ import pytest
 from evaluate_world import settings, world  # noqa: F401 (a fixture)
 from PIL import Image
 
+from benchmarks import teacher_quality
 from pipeline.config import compose
 from pipeline.errors import UserError
 from pipeline.evaluate import stage
@@ -89,6 +90,23 @@ def test_mistakes_are_told(entities, tmp_path):
     shutil.rmtree(tmp_path / "copy" / "Sentences")
     with pytest.raises(UserError, match="has no folder Sentences"):
         open_source(cfg.data, Layout(cfg))
+
+
+def test_the_sweep_runs_on_them(entities, tmp_path, capsys):
+    """As a user would with Stable Diffusion: settings chosen on `val`, reported on `test`, phrases as regions."""
+    from pipeline.archive.stage import shard
+
+    settings_of = [*data(entities), f"shards_dir={tmp_path}/shards", "engine.workers=1"]
+    shard(compose(settings_of))
+    teacher_quality.main(["--only", "configured", "--json", str(tmp_path / "q.json"), *settings_of, "teacher=tiny"])
+    assert (
+        capsys.readouterr().out.splitlines()[-1].startswith('RESULT {"teacher": "tiny", "data": "flickr30k_entities"')
+    )
+    plain, configured = json.loads((tmp_path / "q.json").read_text())["test"]
+    assert (plain["images"], plain["n"]) == (configured["images"], configured["n"]) == (3, 6)
+    assert set(plain["by"]) == {"people", "clothing", "assistant"}
+    assert plain["chance"] == pytest.approx((0.75 + 0.25) / 2)
+    assert set(configured["over_plain"]) == {"pointing", "miou"}
 
 
 def test_teacher_and_students_side_by_side(world, entities, tmp_path):  # noqa: F811

@@ -57,14 +57,13 @@ def test_the_caption_is_cut_as_by_clip():
 def test_no_turn_begins_that_would_end_too_late(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(benchmark.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(benchmark.time, "perf_counter", lambda: now[0])
 
     def run(seconds):
         now[0] += seconds.pop()
 
     one, two = [2.0, 1.0, 4.0], [1.0, 2.0, 3.0]
-    found = benchmark.in_turns({"one": lambda: run(one), "two": lambda: run(two)}, 3, 15)
-    assert (found, found.count) == ({"one": 1.0, "two": 2.0}, 2)
+    found = benchmark.in_turns({"one": lambda: run(one), "two": lambda: run(two)}, 3, 15, lambda: now[0] / 2)
+    assert (found, found.wall, found.count) == ({"one": 0.5, "two": 1.0}, {"one": 1.0, "two": 2.0}, 2)
 
 
 def test_the_last_line_has_every_ratio(tmp_path, monkeypatch, capsys):

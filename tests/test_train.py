@@ -17,6 +17,7 @@ from pipeline.archive import Archive
 from pipeline.archive.stage import shard
 from pipeline.config import Config, compose
 from pipeline.errors import UserError
+from pipeline.examples import Example, Turn
 from pipeline.layout import Layout
 from pipeline.mapstore import MapStore
 from pipeline.mapstore.schema import ExampleMaps
@@ -343,6 +344,23 @@ def test_oracle_targets_are_the_regions_and_only_where_known(opened):
         assert (found[valid].max((1, 2)) == 1).all()
         assert (found[valid].mean((1, 2)) < 0.5).all()
         assert not found[~valid].any()
+
+
+def test_oracle_targets_of_phrases_go_to_each_of_their_words():
+    """Regions over several words: "A red man" is left, "man with a hat" below, "hat" in a corner."""
+    regions = [
+        {"turn": 0, "start": 0, "end": 9, "boxes": [[0, 0, 0.5, 1]]},
+        {"turn": 0, "start": 6, "end": 20, "boxes": [[0, 0.5, 1, 1]]},
+        {"turn": 0, "start": 17, "end": 20, "boxes": [[0.75, 0.75, 1, 1]]},
+    ]
+    example = Example("0", b"x", "png", (Turn("assistant", "A red man with a hat stands"),), "", "", "",
+                      meta={"regions": regions})  # fmt: skip
+    found, valid = open_targets("oracle", None, None, seed=1)(0, example, example.words())
+    assert valid.tolist() == [True] * 6 + [False]
+    # one phrase alone: the left half; two overlap: their union; a region of just this word comes before a longer one
+    assert [round(float(map_YX.mean()), 3) for map_YX in found] == [0.5, 0.5, 0.75, 0.5, 0.5, 0.062, 0]
+    assert found[1][:, :16].all()
+    assert found[3][16:].all()
 
 
 def test_centre_targets_are_the_same_everywhere(opened):

@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from pipeline.examples import Word
 from pipeline.regions import region_mask
 
 if TYPE_CHECKING:
     from pipeline.archive import Archive
-    from pipeline.examples import Example, Word
+    from pipeline.examples import Example
     from pipeline.mapstore import ExampleMaps, MapStore
 
 SIDE = 32
@@ -120,16 +121,21 @@ def _centre(index: int, example: Example, words: list[Word]) -> tuple[np.ndarray
 
 
 def _oracle(index: int, example: Example, words: list[Word]) -> tuple[np.ndarray, np.ndarray]:
-    """The true region of each word as its share of every cell, scaled to a highest value of one."""
-    regions = {(r["turn"], r["start"], r["end"]): r for r in example.meta.get("regions", [])}
+    """The true region of each word as its share of every cell, scaled to a highest value of one.
+
+    A word has the regions of exactly its span, else the union of those whose spans share a character with it: a phrase
+    with a region gives it to each of its words.
+    """
+    regions = example.meta.get("regions", [])
     maps_WHW = np.zeros((len(words), SIDE, SIDE), dtype=np.float32)
     valid_W = np.zeros(len(words), dtype=bool)
     for place, word in enumerate(words):
-        region = regions.get(tuple(word))
-        if region is None:
+        own = [r for r in regions if _meet(Word(r["turn"], r["start"], r["end"]), word)]
+        own = [r for r in own if (r["start"], r["end"]) == (word.start, word.end)] or own
+        if not own:
             continue
         # Eight samples a side and cell give the covered share to about one part in sixty.
-        mask = region_mask(region, (SIDE * 8, SIDE * 8)).astype(np.float32)
+        mask = np.logical_or.reduce([region_mask(region, (SIDE * 8, SIDE * 8)) for region in own]).astype(np.float32)
         cover = mask.reshape(SIDE, 8, SIDE, 8).mean(axis=(1, 3))
         if cover.max() > 0 and cover.min() < cover.max():
             maps_WHW[place], valid_W[place] = cover / cover.max(), True
