@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import CancelledError
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -104,7 +105,7 @@ def run(
     waited for, no new one starts.
 
     Raises:
-        UserError: a task's worker died each time, or no worker is left.
+        UserError: a task's worker died each time, or no worker or no scheduler is left.
     """
     done = done or (lambda result: None)
     if not tasks:
@@ -232,6 +233,11 @@ def _gather(client: "Client", patience: float, function, tasks, results: dict[in
             raise UserError(
                 f"task {number + 1} of {len(tasks)} ended its worker process again and again (memory?):"
                 " give more memory or fewer workers, then run again to go on from here"
+            ) from error
+        except CancelledError as error:
+            raise UserError(
+                f"the Dask scheduler is gone with {len(pending)} of {len(tasks)} tasks left: start it again, then run"
+                " again to go on from here"
             ) from error
         seen = time.monotonic()
         del pending[number]

@@ -143,6 +143,14 @@ def test_a_cluster_without_workers_is_replaced(clusters, capsys):
     assert "all workers are gone with 3 tasks left" in capsys.readouterr().err
 
 
+def test_a_running_scheduler():
+    from dask.distributed import LocalCluster
+
+    with LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None) as cluster:
+        cfg = EngineConfig(kind="scheduler", address=cluster.scheduler_address)
+        assert run(cfg, _square, [1, 2, 3]) == [1, 4, 9]
+
+
 def test_no_workers_at_all_is_one_line(clusters):
     clusters += [0] * engine.CLUSTERS
     with pytest.raises(UserError, match="no worker is left for 3 of 3 tasks"):
