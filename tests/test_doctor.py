@@ -2,7 +2,11 @@
 
 import dataclasses
 import io
+import json
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -108,6 +112,63 @@ def test_the_published_shapes_are_estimated_without_their_memory(monkeypatch, tm
     assert 0 < gradients < 0.01 * weights
 
 
+def test_shards_offloading_and_four_bits_are_counted(monkeypatch, tmp_path_factory):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+    tiny = ("model=llama32-11b", "model.weights=random", "model.size=tiny")
+
+    def guess(*more: str, **given) -> tuple[memory.Memory, dict[str, int], set[str]]:
+        student, tuned = memory.build(compose([*tiny, *more]))
+        weights = {name: p.numel() for name, p in tuned.named_parameters()}
+        made = memory.estimate(tuned, batch_of(student.family, 2), bf16=True, accumulates=False, **given)
+        return made, weights, {name for name, p in tuned.named_parameters() if p.requires_grad}
+
+    whole, _, _ = guess("train=llama32-11b-full")
+    shared, weights, trained = guess("train=llama32-11b-full", ranks=2)
+    assert shared.weights == pytest.approx(whole.weights / 2, abs=1)
+    copies = 2 * sum(weights[name] for name in trained)
+    layers = shared.activations + shared.gradients - (whole.activations + whole.gradients - copies)
+    assert 0 < layers < copies, "a layer or two in bf16, not copies of all of them"
+    offloaded, _, _ = guess("train=llama32-11b-full", ranks=2, offload=True)
+    assert (offloaded.weights, offloaded.gradients, offloaded.optimizer) == (0, 0, 0)
+    assert offloaded.host == shared.weights + shared.gradients + shared.optimizer
+    assert offloaded.activations == shared.activations
+    alone, _, _ = guess("train=llama32-11b-full", offload=True)
+    assert alone == whole, "nothing is offloaded without shards"
+
+    plain, weights, trained = guess()
+    packed, _, _ = guess("train.quantize=nf4", nf4=True)
+    linear = [n for n in weights if n.endswith("weight") and ("proj" in n or ".fc" in n) and n not in trained]
+    rest = [n for n in weights if n.startswith("student.") and n not in trained and n not in linear]
+    expected = sum((0.5 + 1 / 64 + 1 / 4096 - 2) * weights[n] for n in linear) + sum(2 * weights[n] for n in rest)
+    assert packed.weights - plain.weights == pytest.approx(expected, rel=0.01)
+    assert packed.gathered == 2 * max(weights[n] for n in linear)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("train", ["llama32-11b-full", "llama32-11b"])
+def test_the_estimate_of_sharded_weights_is_what_two_processes_take(train, tmp_path):
+    script = Path(__file__).parent / "two_ranks_memory.py"
+    argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script, tmp_path]
+    chosen = ["model=llama32-11b", "model.weights=random", "model.size=tiny", f"train={train}"]
+    done = subprocess.run([*map(str, argv), *chosen], capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found, real = json.loads((tmp_path / "out.json").read_text())
+    for name in ("weights", "gradients", "optimizer"):
+        assert found[name] == pytest.approx(real[name], rel=0.02), name
+    assert found["above"] == pytest.approx(real["above"], rel=0.15)
+    assert sum(found.values()) == pytest.approx(sum(real.values()), rel=0.15)
+
+
+def test_what_is_not_counted_is_named(small_world, monkeypatch, capsys):
+    monkeypatch.chdir(small_world)
+    stage.doctor(compose([*SMALL, "arm=oracle", "train.compile=true", "train.cpu_offload=true"]))
+    said = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "not counted: what train.compile adds or saves" in said
+    assert "train.cpu_offload does nothing where weights are not sharded" in said
+    with pytest.raises(UserError, match=r"bitsandbytes|CUDA GPU"):
+        stage.doctor(compose([*SMALL, "arm=oracle", "train.method=lora", "train.quantize=nf4"]))
+
+
 def test_a_good_run_gets_a_table_and_no_fault(command, small_world, tmp_path):
     done = command("doctor", *SMALL, "arm=oracle", f"runs_dir={tmp_path}", cwd=small_world)
     assert done.returncode == 0, done.stderr
@@ -130,7 +191,7 @@ def test_each_fault_is_one_line(world, monkeypatch, capsys):
     monkeypatch.setattr(hardware, "hardware", lambda gpu, count: small)
     cfg = compose([*SMALL, "arm=oracle"])
     with pytest.raises(
-        UserError, match=r"MiB on each of 1 x a-card: .*does not fit; set train\.micro_batch=1"
+        UserError, match=r"MiB on each of 1 x a-card: .*does not fit; try train\.micro_batch=2 "
     ) as found:
         stage.doctor(cfg)
     assert "\n" not in str(found.value)

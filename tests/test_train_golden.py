@@ -103,3 +103,13 @@ def test_two_processes_with_sharded_weights_compute_the_same_run(root, reference
     cfg, out = ranks(root, "fsdp", [script], "train.micro_batch=1", "train.parallel=fsdp", "train.logits_mb=1")
     assert "fsdp2 True" in out
     same_run(cfg, reference)
+
+
+@pytest.mark.full
+def test_sharded_weights_in_half_precision_compute_what_one_process_does(root):  # noqa: F811
+    script = str(Path(__file__).parent / "fsdp_on_cpu.py")
+    alone = run(root, "half", "train.precision=bf16")
+    cfg, out = ranks(root, "fsdp-half", [script], "train.precision=bf16", "train.micro_batch=4", "train.parallel=fsdp")
+    assert "fsdp2 True" in out
+    for found, expected in zip(losses(cfg), losses(alone), strict=True):
+        assert found == pytest.approx(expected, rel=1e-2)

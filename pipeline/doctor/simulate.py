@@ -42,13 +42,18 @@ class WeightsOnMeta(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-def materialise(module: nn.Module) -> None:
-    """Puts fakes on the CPU in the place of weights on the meta device; to be called inside `simulated`."""
+def materialise(module: nn.Module, dtype: torch.dtype | None = None) -> None:
+    """Puts fakes on the CPU in the place of weights on the meta device; to be called inside `simulated`.
+
+    Args:
+        dtype: of the parameters; None leaves them theirs.
+    """
     made: dict[int, torch.Tensor] = {}  # one weight may be known in several places
 
     def fake(tensor: torch.Tensor) -> torch.Tensor:
         if id(tensor) not in made:
-            made[id(tensor)] = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+            own = dtype if dtype and isinstance(tensor, nn.Parameter) and tensor.is_floating_point() else tensor.dtype
+            made[id(tensor)] = torch.empty(tensor.shape, dtype=own, device="cpu")
         return made[id(tensor)]
 
     for part in module.modules():
@@ -108,11 +113,12 @@ class Live(TorchDispatchMode):
 
     Attributes:
         now, peak: bytes alive, and the most since `restart`.
+        held: bytes of no tensor, see `hold`.
     """
 
     def __init__(self):
         super().__init__()
-        self.now = self.peak = 0
+        self.now = self.peak = self.held = 0
         self._alive: dict[int, tuple[weakref.ref, int]] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -129,7 +135,12 @@ class Live(TorchDispatchMode):
         size = storage.nbytes()
         self._alive[key] = (weakref.ref(storage, lambda _: self._drop(key)), size)
         self.now += size
-        self.peak = max(self.peak, self.now)
+        self.peak = max(self.peak, self.now + self.held)
+
+    def hold(self, size: int) -> None:
+        """Counts so many bytes besides, in place of those of the last call."""
+        self.held = size
+        self.peak = max(self.peak, self.now + size)
 
     def _drop(self, key: int) -> None:
         _, size = self._alive.pop(key)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pipeline.doctor.hardware import Hardware
     from pipeline.doctor.memory import Memory
     from pipeline.student.batch import Item, StudentBatch
+    from pipeline.student.family import Family
     from pipeline.student.load import Student
     from pipeline.train.tuned import Tuned
 
@@ -62,6 +63,7 @@ def doctor(cfg: Config, gpu: str = "", gpus: int = 0) -> None:
         UserError: something stands in the way of the run.
     """
     from pipeline.doctor.hardware import hardware
+    from pipeline.train.trainable import quantization
 
     machine = hardware(gpu, gpus)
     report = Report()
@@ -70,12 +72,14 @@ def doctor(cfg: Config, gpu: str = "", gpus: int = 0) -> None:
     report.attempt("weights", lambda: _weights(cfg, report))
     made = report.attempt("model", lambda: _model(cfg, report))
     report.attempt("run", lambda: _run(cfg, report))
+    if not gpu:  # the run is to be on this machine
+        report.attempt("quantize", lambda: quantization(cfg.train.quantize, cfg.train.method))
     if made is not None:
         student, tuned = made
         _disk(cfg, tuned, report)
         items = _sample(cfg, student, archive, report) if archive is not None else []
         if items:
-            memory = _memory(cfg, tuned, _longest(cfg, student, items), machine, report)
+            memory = _memory(cfg, tuned, student.family, _longest(cfg, student, items), machine, report)
             _time(cfg, archive, memory, machine, report)
     _show(cfg, report)
     if report.faults:
@@ -243,13 +247,21 @@ def _longest(cfg: Config, student: Student, items: list[Item]) -> StudentBatch:
     return dataclasses.replace(batch, targets=torch.rand(words, 32, 32), valid=torch.ones(words, dtype=torch.bool))
 
 
-def _memory(cfg: Config, tuned: Tuned, batch: StudentBatch, machine: Hardware, report: Report) -> Memory:
+def _memory(
+    cfg: Config, tuned: Tuned, family: Family, batch: StudentBatch, machine: Hardware, report: Report
+) -> Memory:
     from pipeline.doctor.memory import estimate
 
     sharded = cfg.train.parallel == "fsdp" or (cfg.train.parallel == "auto" and machine.name != "CPU")
     accumulates = cfg.train.batch_size > cfg.train.micro_batch * machine.count
     memory = estimate(
-        tuned, batch, bf16=cfg.train.precision == "bf16", accumulates=accumulates, ranks=machine.count if sharded else 1
+        tuned,
+        batch,
+        bf16=cfg.train.precision == "bf16",
+        accumulates=accumulates,
+        ranks=machine.count if sharded else 1,
+        offload=cfg.train.cpu_offload,
+        nf4=bool(cfg.train.quantize),
     )
     parts = {
         "weights": memory.weights,
@@ -258,26 +270,24 @@ def _memory(cfg: Config, tuned: Tuned, batch: StudentBatch, machine: Hardware, r
         f"activations and logits of {cfg.train.micro_batch} x {batch.labels.shape[1]} tokens": memory.activations,
     }
     if memory.gathered:
-        parts["gathered layers"] = memory.gathered
+        parts["whole layers"] = memory.gathered
+    if cfg.train.cpu_offload and not memory.host:
+        report.warn("memory", "train.cpu_offload does nothing where weights are not sharded over several GPUs")
     taken = memory.total
     if machine.name != "CPU":
         parts["CUDA itself"] = CONTEXT
         taken += CONTEXT
     text = ", ".join(f"{name} {gib(size)}" for name, size in parts.items())
     text = f"{gib(taken)} of {gib(machine.memory)} on each of {machine.count} x {machine.name}: {text}"
+    if memory.host:
+        text += f"; {gib(memory.host * machine.count)} in the CPU's memory"
+    if cfg.train.compile:
+        text += "; not counted: what train.compile adds or saves"
     if taken > machine.memory:
-        train = cfg.train
-        lower = [
-            setting
-            for setting, helps in (
-                ("train.micro_batch=1", train.micro_batch > 1),
-                ("train.gradient_checkpointing=true", not train.gradient_checkpointing),
-                ("train.method=lora", train.method == "full"),
-                ("a smaller model.max_length", True),
-            )
-            if helps
-        ]
-        report.fault("memory", f"{text}: does not fit; set {' or '.join(lower)}, or use more GPUs")
+        from pipeline.train.guards import ways
+
+        lower = ", ".join(ways(cfg.train, cfg.model, family))
+        report.fault("memory", f"{text}: does not fit; try {lower}, or more GPUs")
     else:
         (report.ok if taken < 0.9 * machine.memory else report.warn)("memory", text)
     return memory

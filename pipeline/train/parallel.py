@@ -38,7 +38,9 @@ def accelerator(cfg: TrainConfig, run: Path) -> Accelerator:
             os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_OFFLOAD_PARAMS": "true"}
         policy = MixedPrecisionPolicy()
         if cfg.precision == "bf16":
-            policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=None)
+            # Inputs are left as they are, and autocast (see `prepare`) casts what layers need: FSDP would look into the
+            # batch and round the places of image tokens and the targets.
+            policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, output_dtype=None, cast_forward_inputs=False)
         plugin = FullyShardedDataParallelPlugin(
             fsdp_version=2,
             mixed_precision_policy=policy,
@@ -95,6 +97,8 @@ def prepare(
             )
         names = sorted({type(layer).__name__ for layer in layers})
         accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = names
+        if cfg.precision == "bf16":  # accelerate's own autocast leaves FSDP2 out
+            tuned.forward = torch.autocast(accelerator.device.type, torch.bfloat16)(tuned.forward)
     return accelerator.prepare(tuned, optimizer)
 
 
