@@ -14,10 +14,9 @@ that words match from the first step on, and nothing is decoded more than once.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from torch import nn
 from torch.nn import functional
 
 SIDE = 32
@@ -76,12 +75,16 @@ def self_layer(weights_BHLL: torch.Tensor, text_BL: torch.Tensor, image_BL: torc
 
 
 def loss(
-    stored: Sequence[torch.Tensor], aligner: nn.Module, tokens_B: Sequence[Sequence[str]], maps_B: Sequence[Mapping]
+    stored: Sequence[torch.Tensor],
+    aligner: Callable[[torch.Tensor], torch.Tensor],
+    tokens_B: Sequence[Sequence[str]],
+    maps_B: Sequence[Mapping],
 ) -> torch.Tensor:
     """The mean over instances of the mean error over words.
 
     Args:
         stored: (B, H, 1024, L) of each layer.
+        aligner: (N, H, 32, 32) to (N, 32, 32), float32.
         tokens_B: for each instance, the text of the token that each position predicts.
         maps_B: for each, the teacher's maps (32, 32) by word.
     """

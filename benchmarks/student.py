@@ -15,13 +15,13 @@ Arms, which take turns in one process on one model:
 - `eager`: the way of the code released with the paper, step by step (`benchmarks.released`): eager attention with
   `output_attentions`, every layer's maps kept, folded, resized and sent through the Aligner for every text position,
   taken apart token by token and word by word in Python;
-- `batched`: the same without its copies and loops, all text positions at once by this project's own functions for
-  `paper-compat`: the least that its idea costs.
+- `batched` (with `--batched`): the same without its copies and loops, all text positions at once by this project's own
+  functions for `paper-compat`: the least that its idea costs.
 
 A ratio of times is the median over pairs of neighbouring steps; its interval is that of the order statistics (with five
 pairs the lowest and the highest: 94%). Memory is the peak of a process of its own for each arm above what it holds
 between two steps: weights and optimizer state. Both are measured with and without gradient checkpointing; the keys
-without a suffix are the worse of the two.
+without a suffix are the worse of the two. On one core the two families take about ten minutes.
 """
 
 import argparse
@@ -35,6 +35,7 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -55,8 +56,9 @@ from pipeline.student.capture import NAME, AttentionTap
 from pipeline.student.family import Family
 from pipeline.world.student import TEMPLATE, build_tokenizer
 
-ARMS = ("plain", "ours", "eager", "batched")
+ARMS = ("plain", "ours", "eager")
 EAGER = ("eager", "batched")
+SETTINGS = ("stored", "checkpointed")
 FAMILIES = ("mllama", "qwen2_5_vl")
 QUESTION = "What is going on in this picture? Answer in some detail."
 ANSWER = """A man in a red jacket rides a brown horse along the beach while two black dogs run behind him through the
@@ -189,9 +191,15 @@ def random_weights(kind: type, config, real: bool) -> torch.nn.Module:
 
 
 class Bench:
-    """One family's model, batch and arms."""
+    """One family's model, batch and arms.
 
-    def __init__(self, family: str, size: str, checkpointed: bool):
+    Args:
+        family: one of `FAMILIES`.
+        size: ``real`` or ``tiny``.
+        features: where the image's features are, or are put if they are not there.
+    """
+
+    def __init__(self, family: str, size: str, features: Path):
         from peft import LoraConfig, get_peft_model
 
         torch.manual_seed(0)
@@ -201,13 +209,9 @@ class Bench:
         self.batch = self._batch(height, width)
         self.inner = model
         model.requires_grad_(False)
-        if checkpointed:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
         self.model = get_peft_model(
             model, LoraConfig(r=8, lora_alpha=32, lora_dropout=0.05, target_modules=["q_proj", "v_proj"])
         )
-        if checkpointed:
-            self.model.enable_input_require_grads()
         self.model.train()
         self.tap = AttentionTap(self.model, self.family)
         self.text = next(iter(self.tap.layers.values())).config
@@ -223,8 +227,15 @@ class Bench:
         texts = [self.example.word_text(word) for word in self.batch.words.word]
         self.by_text = dict(zip(texts, self.batch.targets, strict=True))
         self.matched = len({token.strip() for token in self.next_token} & self.by_text.keys())
-        with torch.no_grad():
-            self._keep_features()
+        if not features.exists():
+            with torch.no_grad():
+                self._make_features(features)
+        self._take_features(features)
+        # A first step without gradients makes the optimizer's state, and nothing else.
+        for weight in self.optimizer.param_groups[0]["params"]:
+            weight.grad = torch.zeros_like(weight)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
 
     def _batch(self, height: int, width: int) -> StudentBatch:
         pixels = np.random.default_rng(0).integers(0, 255, (height, width, 3), dtype=np.uint8)
@@ -237,20 +248,41 @@ class Bench:
         batch.valid = torch.ones(len(batch.words), dtype=torch.bool)
         return batch
 
-    def _keep_features(self) -> None:
-        """Replaces the image by its features, for all arms alike."""
-        self.pixels = self.batch.inputs
-        inputs, core = dict(self.pixels), self.inner.model
+    def set(self, setting: str) -> None:
+        """With or without gradient checkpointing, as the trainer does it."""
+        if setting == "checkpointed":
+            self.inner.gradient_checkpointing_enable({"use_reentrant": False})
+            self.model.enable_input_require_grads()
+        elif getattr(self.inner, "is_gradient_checkpointing", False):
+            self.inner.gradient_checkpointing_disable()
+            self.inner.disable_input_require_grads()
+
+    def _make_features(self, features: Path) -> None:
+        inputs, core = self.batch.inputs, self.inner.model
+        pixels = inputs["pixel_values"].to(self.inner.dtype)
         if "cross_attention_mask" in inputs:
-            taken = {n: inputs.pop(n) for n in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")}
-            taken["pixel_values"] = taken["pixel_values"].to(self.inner.dtype)
-            states = core.multi_modal_projector(core.vision_model(**taken).last_hidden_state)
-            inputs["cross_attention_states"] = states.flatten(0, -3).reshape(-1, states.shape[-2], states.shape[-1])
+            ratios = {name: inputs[name] for name in ("aspect_ratio_ids", "aspect_ratio_mask")}
+            states = core.multi_modal_projector(core.vision_model(pixel_values=pixels, **ratios).last_hidden_state)
+            made = {"cross_attention_states": states.flatten(0, -3).reshape(-1, states.shape[-2], states.shape[-1])}
         else:
-            made = core.visual(inputs["pixel_values"].to(self.inner.dtype), grid_thw=inputs["image_grid_thw"])
+            made = dict(core.visual(pixels, grid_thw=inputs["image_grid_thw"]))
+        torch.save(made, features)
+
+    def _take_features(self, features: Path) -> None:
+        """Replaces the image by its features, for all arms alike."""
+        from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+        self.pixels = self.batch.inputs
+        made, inputs, core = torch.load(features), dict(self.pixels), self.inner.model
+        if "cross_attention_mask" in inputs:
+            for name in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask"):
+                del inputs[name]
+            inputs |= made
+        else:
             self.visual = core.visual.forward
-            kind, parts = type(made), dict(made)
-            core.visual.forward = lambda *args, **kwargs: kind(**parts)  # a new one, as the model changes it
+            core.visual.forward = lambda *args, **kwargs: BaseModelOutputWithPooling(
+                **made
+            )  # new: the model changes it
         self.inputs = inputs
 
     def loss(self, arm: str, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -279,7 +311,8 @@ class Bench:
             stored = [released.self_layer(attentions[index].float(), ~image_BL, image_BL) for index in self.layers]
             places = (~image_BL)[0].nonzero()[:, 0].tolist()
         tokens = [self.next_token[place] for place in places]
-        return released.loss(stored, self.theirs, [tokens], [self.by_text])
+        # Its maps are resized once more, which PyTorch cannot take back in half precision on a CPU.
+        return released.loss(stored, lambda maps: self.theirs(maps).float(), [tokens], [self.by_text])
 
     def _batched(self, attentions: Sequence[torch.Tensor]) -> torch.Tensor:
         batch, words = self.batch, self.batch.words
@@ -294,7 +327,7 @@ class Bench:
             else:
                 where = torch.zeros(len(text_RHK), dtype=torch.long)
                 squares = folded_image(text_RHK, batch.planes.columns.flatten(1), batch.planes, where)
-            maps.append(self.theirs(squares))
+            maps.append(self.theirs(squares).float())
         rows_RSS = min_max(torch.stack(maps).mean(0))
         place_L = torch.zeros(length, dtype=torch.long)
         place_L[~image_L] = torch.arange(len(rows_RSS))
@@ -335,24 +368,20 @@ def interval(values: Sequence[float]) -> tuple[float, float, float]:
     return statistics.median(ordered), ordered[depth], ordered[-1 - depth]
 
 
-def timings(bench: Bench, pairs: int) -> dict[str, float]:
+def timings(bench: Bench, pairs: int, arms: Sequence[str]) -> dict[str, float]:
     """Ratios of neighbouring steps, after one round to warm up; the arms take turns, and who begins changes."""
-    seconds: dict[str, list[float]] = {arm: [] for arm in ARMS}
+    seconds: dict[str, list[float]] = {arm: [] for arm in arms}
     for turn in range(pairs + 1):
-        order = ARMS if turn % 2 else (ARMS[1], ARMS[0], *reversed(ARMS[2:]))
-        for arm in order:
+        for arm in arms if turn % 2 else (arms[1], arms[0], *reversed(arms[2:])):
             bench.start(arm)
             gc.collect()
             took = bench.step(arm)
             if turn:
                 seconds[arm].append(took)
-    found = {f"{arm}_seconds": statistics.median(seconds[arm]) for arm in ARMS}
-    for name, above, below in (
-        ("align_time_ratio", "ours", "plain"),
-        ("eager_time_ratio", "eager", "ours"),
-        ("batched_time_ratio", "batched", "ours"),
-    ):
+    found = {f"{arm}_seconds": statistics.median(seconds[arm]) for arm in arms}
+    for name, above, below in (("align", "ours", "plain"), *((arm, arm, "ours") for arm in arms if arm in EAGER)):
         ratios = [a / b for a, b in zip(seconds[above], seconds[below], strict=True)]
+        name = f"{name}_time_ratio"
         found[name], found[f"{name}_low"], found[f"{name}_high"] = interval(ratios)
     return found
 
@@ -360,7 +389,6 @@ def timings(bench: Bench, pairs: int) -> dict[str, float]:
 def peak(bench: Bench, arm: str) -> int:
     """Bytes that a step of an arm needs above what is held between two steps."""
     bench.start(arm)
-    bench.step(arm)
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
@@ -370,10 +398,12 @@ def peak(bench: Bench, arm: str) -> int:
     return int(line.split()[1]) * 1024 - before
 
 
-def in_process(args: argparse.Namespace, *more: str) -> dict:
+def in_process(family: str, args: argparse.Namespace, *more: str) -> dict:
     """The last line that this module prints in a process of its own, as JSON."""
-    command = [sys.executable, "-m", "benchmarks.student", "--size", args.size, "--threads", str(args.threads),
-               "--pairs", str(args.pairs), *more]  # fmt: skip
+    command = [sys.executable, "-m", "benchmarks.student", "--families", family, "--size", args.size,
+               "--threads", str(args.threads), "--pairs", str(args.pairs), *more]  # fmt: skip
+    if args.batched:
+        command.append("--batched")
     # Blocks of a size that counts go back to the system when they are freed, so that a peak is a peak of what is used.
     limits = {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576"} if "--memory-of" in more else {}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | limits)
@@ -384,33 +414,58 @@ def in_process(args: argparse.Namespace, *more: str) -> dict:
 
 def measure(family: str, args: argparse.Namespace) -> dict[str, float]:
     """All numbers of one family."""
-    found: dict[str, float] = {}
-    for setting in ("stored", "checkpointed"):
-        where = ("--families", family, *(("--checkpointed",) if setting == "checkpointed" else ()))
-        part = in_process(args, "--time", *where)
-        memory = {arm: in_process(args, "--memory-of", arm, *where)["bytes"] for arm in ARMS}
-        part |= {f"{arm}_megabytes": memory[arm] / 1e6 for arm in ARMS}
-        part["align_memory_ratio"] = memory["ours"] / memory["plain"]
-        part |= {f"{arm}_memory_ratio": memory[arm] / memory["ours"] for arm in EAGER}
-        for arm in ARMS:
+    arms = arms_of(args)
+    with tempfile.TemporaryDirectory() as scratch:
+        where = ("--features", str(Path(scratch, "features.pt")))
+        found = in_process(family, args, "--time", *where)
+        memory = {arm: in_process(family, args, "--memory-of", arm, *where) for arm in arms}
+    for setting in SETTINGS:
+        held = {arm: memory[arm][setting] for arm in arms}
+        found |= {f"{arm}_megabytes_{setting}": held[arm] / 1e6 for arm in arms}
+        found[f"align_memory_ratio_{setting}"] = held["ours"] / held["plain"]
+        found |= {f"{arm}_memory_ratio_{setting}": held[arm] / held["ours"] for arm in arms if arm in EAGER}
+        for arm in arms:
             print(
-                f"{family:<12} {setting:<13} {arm:<8} {part[f'{arm}_seconds']:8.2f} s"
-                f" {part[f'{arm}_megabytes']:8.0f} MB above weights and optimizer state",
+                f"{family:<12} {setting:<13} {arm:<8} {found[f'{arm}_seconds_{setting}']:8.2f} s"
+                f" {held[arm] / 1e6:8.0f} MB above weights and optimizer state",
                 flush=True,
             )
-        shared = ("words", "matched", "rows", "tokens", "parameters")
-        found |= {f"{family}_{name}": part.pop(name) for name in shared}
-        found |= {f"{family}_{name}_{setting}": value for name, value in part.items()}
-    for name, worse in (
-        ("align_time_ratio", max),
-        ("align_memory_ratio", max),
-        ("eager_time_ratio", min),
-        ("eager_memory_ratio", min),
-        ("batched_time_ratio", min),
-        ("batched_memory_ratio", min),
-    ):
-        found[f"{family}_{name}"] = worse(found[f"{family}_{name}_{way}"] for way in ("stored", "checkpointed"))
-    return found
+    for name in ("time", "memory"):
+        for arm, worse in (("align", max), *((arm, min) for arm in arms if arm in EAGER)):
+            found[f"{arm}_{name}_ratio"] = worse(found[f"{arm}_{name}_ratio_{setting}"] for setting in SETTINGS)
+    return {f"{family}_{name}": value for name, value in found.items()}
+
+
+def arms_of(args: argparse.Namespace) -> tuple[str, ...]:
+    return (*ARMS, "batched") if args.batched else ARMS
+
+
+def one(args: argparse.Namespace) -> dict[str, float]:
+    """What one of the processes measures."""
+    bench = Bench(args.families, args.size, args.features)
+    found: dict[str, float] = {}
+    if args.memory_of:
+        for setting in SETTINGS:
+            bench.set(setting)
+            if not found:
+                bench.start(args.memory_of)
+                bench.step(args.memory_of)  # libraries keep some memory from their first use on
+            found[setting] = peak(bench, args.memory_of)
+        return found
+    for setting in SETTINGS:
+        bench.set(setting)
+        part = timings(bench, args.pairs, arms_of(args))
+        found |= {f"{name}_{setting}": value for name, value in part.items()}
+    bench.start("ours")
+    found[f"whole_step_seconds_{setting}"] = bench.step("ours", whole=True)
+    words = bench.batch.words
+    return found | {
+        "words": len(words),
+        "matched": bench.matched,
+        "rows": len(words.row_word),
+        "tokens": bench.batch.labels.shape[1],
+        "parameters": sum(p.numel() for p in bench.inner.parameters()),
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -420,31 +475,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--checkpointed", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--batched", action="store_true", help="time the arm `batched` too")
+    parser.add_argument("--features", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--time", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--memory-of", choices=ARMS, help=argparse.SUPPRESS)
+    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     families = args.families.split(",")
     if unknown := sorted(set(families) - set(FAMILIES)):
         parser.error(f"--families {unknown[0]}: choose some of {', '.join(FAMILIES)}")
     if args.time or args.memory_of:
-        bench = Bench(families[0], args.size, args.checkpointed)
-        if args.memory_of:
-            print(json.dumps({"bytes": peak(bench, args.memory_of)}))
-            return 0
-        found = timings(bench, args.pairs)
-        bench.start("ours")
-        found["whole_step_seconds"] = bench.step("ours", whole=True)
-        words = bench.batch.words
-        found |= {
-            "words": len(words),
-            "matched": bench.matched,
-            "rows": len(words.row_word),
-            "tokens": bench.batch.labels.shape[1],
-        }
-        found["parameters"] = sum(p.numel() for p in bench.inner.parameters())
-        print(json.dumps(found))
+        print(json.dumps(one(args)))
         return 0
     result: dict = {"size": args.size, "threads": args.threads, "pairs": args.pairs, "device": "cpu"}
     for family in families:

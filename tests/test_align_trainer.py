@@ -43,6 +43,12 @@ def test_it_trains_and_its_loss_is_that_of_our_own_step(example, small_world, tm
     found = [p.grad.clone() for p in [*model.parameters(), *align.parameters()] if p.grad is not None]
     model.zero_grad()
     align.zero_grad()
+    # With gradients accumulated over four batches each counts a quarter.
+    trainer.args.gradient_accumulation_steps = trainer.current_gradient_accumulation_steps = 4
+    _, counted = trainer.get_batch_samples(iter([inputs] * 4), 4, trainer.args.device)
+    torch.testing.assert_close(trainer.training_step(model, inputs, counted), loss.detach() / 4, atol=1e-2, rtol=1e-2)
+    model.eval().zero_grad()
+    align.zero_grad()
     trainer.tap.close()
     with AttentionTap(model, trainer.family) as tap:
         batch = inputs["batch"]

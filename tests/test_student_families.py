@@ -88,7 +88,9 @@ class Eager:
         }
 
     def calls(self, words):
-        return {index: Call(None, None, None, None, 1.0, rows) for index, rows in self.maps().items()}
+        example_B1 = torch.arange(len(words.slots))[:, None]
+        probs = {index: self.kept[module][example_B1, :, words.slots] for index, module in self.layers.items()}
+        return {index: Call(None, None, None, None, 1.0, rows.transpose(1, 2)) for index, rows in probs.items()}
 
     def relayed(self):
         return self.family.through([self.kept[module].float().mean(1) for module in self.relays])
@@ -596,12 +598,11 @@ def test_one_hot_attention_lands_on_its_patch(student, size):
 
 def one_hot(planes: Planes, t: int, column: int) -> torch.Tensor:
     """The map (S, S) of a word that looks at one patch, through one latent where there is a relay."""
-    words = torch.tensor([0])
     if planes.latents is None:
-        return project(torch.eye(int(planes.columns.max()) + 1)[None, None, column], planes, words)[0, 0]
+        return project(torch.eye(int(planes.columns.max()) + 1)[None, None, None, column], planes)[0, 0, 0]
     sources, latents = int(planes.source.max()) + 1, planes.latents.shape[2]
     relay_NQK = torch.zeros(sources, latents, int(planes.columns.max()) + 1)
     relay_NQK[planes.source[0, t], latents // 2, column] = 1
-    probs_WHK = torch.zeros(1, 1, int(planes.latents.max()) + 1)
-    probs_WHK[0, 0, planes.latents[0, t, latents // 2]] = 1
-    return project_latents(probs_WHK, latent_maps(relay_NQK, planes), planes, words, most=1)[0, 0]
+    probs_BHSK = torch.zeros(1, 1, 1, int(planes.latents.max()) + 1)
+    probs_BHSK[..., planes.latents[0, t, latents // 2]] = 1
+    return project_latents(probs_BHSK, latent_maps(relay_NQK, planes), planes)[0, 0, 0]

@@ -123,12 +123,12 @@ def test_checkpointing_keeps_gradients_and_refuses_reentrant(tiled, long_and_sho
                     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
                 tap.rows(batch.words)
                 model(**batch.inputs, use_cache=False)
-                kept = tap.maps()
+                kept = tap.calls(batch.words)
                 loss = student_maps(tap, batch).square().mean() * 100
                 model.zero_grad()
                 loss.backward()
                 grads.append(weight.grad.clone())
-                assert all(tap.maps()[index] is kept[index] for index in kept)
+                assert all(tap.calls(batch.words)[index] is kept[index] for index in kept)
             torch.testing.assert_close(grads[0], grads[1], atol=1e-6, rtol=1e-5)
             assert grads[0].abs().max() > 0
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})

@@ -22,12 +22,11 @@ def test_composed_maps_equal_loops():
     made = Planes.stack(examples)
     generator = torch.Generator().manual_seed(0)
     relay_NQK = torch.rand(3, 3, 24, generator=generator).softmax(-1)
-    probs = torch.rand(5, 2, 12, generator=generator).softmax(-1)
-    example_W = torch.tensor([0, 0, 0, 2, 2])
+    probs_BHSK = torch.rand(3, 2, 4, 12, generator=generator).softmax(-1)
     for shift in (torch.zeros(3, dtype=torch.long), torch.tensor([0, 2, 3])):
         made.shift(shift)
-        expected = torch.zeros(5, 2, SIDE, SIDE)
-        for w, example in enumerate(example_W.tolist()):
+        expected = torch.zeros(3, 2, 4, SIDE, SIDE)
+        for example, s in np.ndindex(3, 4):
             by = int(shift[example])
             for t, piece in enumerate(examples[example]):
                 number = t if example == 0 else 2
@@ -35,16 +34,17 @@ def test_composed_maps_equal_loops():
                     patches_HW = torch.zeros(piece.columns_HW.shape)
                     for q, column in enumerate(piece.latents_Q):
                         patches_HW += (
-                            probs[w, h, column + by] * relay_NQK[number, q][torch.from_numpy(piece.columns_HW)]
+                            probs_BHSK[example, h, s, column + by]
+                            * relay_NQK[number, q][torch.from_numpy(piece.columns_HW)]
                         )
                     # One piece alone, its patches as keys: the way without a relay, which has tests of its own.
                     rows, cols = piece.columns_HW.shape
                     plain = Piece(
                         np.arange(rows * cols).reshape(rows, cols), piece.top, piece.left, piece.step_y, piece.step_x
                     )
-                    alone = project(patches_HW.view(1, 1, -1), Planes.stack([[plain]]), torch.tensor([0]))
-                    expected[w, h] += alone[0, 0]
-        found = project_latents(probs, latent_maps(relay_NQK, made), made, example_W, most=4)
+                    alone = project(patches_HW.view(1, 1, 1, -1), Planes.stack([[plain]]))
+                    expected[example, h, s] += alone[0, 0, 0]
+        found = project_latents(probs_BHSK, latent_maps(relay_NQK, made), made)
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
         assert expected.amax() > 2 * expected.mean() > 0
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from pipeline.student.capture import word_mean
 from pipeline.student.planes import project
 
 if TYPE_CHECKING:
@@ -45,7 +46,6 @@ class ParallelAttention(nn.Module):
         count = tiles * height * width
         order = torch.arange(count, device=used_BN.device).view(1, tiles, height, width).expand(examples, -1, -1, -1)
         alone = replace(planes, columns=order)
-        size_W = torch.bincount(words.row_word, minlength=len(words))
         found = []
         for index, hidden_BLC in tap.hidden(words).items():
             query_BSC = taken(hidden_BLC, words.slots).float()
@@ -54,9 +54,7 @@ class ParallelAttention(nn.Module):
             key_BHND = self.key[str(index)](image_BNC).unflatten(2, (self.heads, -1)).transpose(1, 2)
             scores_BHSN = query_BHSD @ key_BHND.transpose(2, 3) * query_BHSD.shape[-1] ** -0.5
             scores_BHSN = scores_BHSN.float().masked_fill(~used_BN[:, None, None], torch.finfo(torch.float32).min)
-            rows_RHN = scores_BHSN.softmax(-1)[words.row_batch, :, words.row_slot]
-            sum_WHN = rows_RHN.new_zeros(len(words), self.heads, count).index_add(0, words.row_word, rows_RHN)
-            found.append(project(sum_WHN / size_W[:, None, None], alone, words.word_example))
+            found.append(word_mean(project(scores_BHSN.softmax(-1), alone), words))
         return found
 
 

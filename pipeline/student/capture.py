@@ -43,7 +43,7 @@ class Call:
         mask: additive or boolean, (B, 1 or H, L, K), for the same positions as the queries; None masks nothing.
         place_BL: the position of each query where later keys are hidden from it; None hides none.
         scaling: of the scores.
-        rows_RHK: the probabilities of the wanted rows, if they are so few that they were computed on the spot.
+        probs_BHLK: the probabilities, if they are so few that they were computed on the spot.
     """
 
     query_BHLD: torch.Tensor
@@ -51,7 +51,7 @@ class Call:
     mask: torch.Tensor | None
     place_BL: torch.Tensor | None
     scaling: float
-    rows_RHK: torch.Tensor | None = None
+    probs_BHLK: torch.Tensor | None = None
 
     @property
     def size(self) -> int:
@@ -170,8 +170,7 @@ class AttentionTap:
         if words is None:
             return {}
         return {
-            index: word_rows(call, words) if call.rows_RHK is None else call.rows_RHK
-            for index, call in self.calls(words).items()
+            index: probabilities(call)[words.row_batch, :, words.row_slot] for index, call in self.calls(words).items()
         }
 
     def keep_hidden(self) -> None:
@@ -227,7 +226,7 @@ class AttentionTap:
         if self._told and index in self.layers:
             call = call.at(self._words.slots)
             if call.size <= HELD:
-                call = replace(call, rows_RHK=word_rows(call, self._words))
+                call = replace(call, probs_BHLK=probabilities(call))
         # Gradient checkpointing runs the layer again in backward, and all above must be done again there so that the
         # graph saves the same tensors; but the loss was made of the first pass's.
         self._calls.setdefault(index, call)
@@ -273,6 +272,8 @@ def probabilities(call: Call, first: int = 0, count: int | None = None) -> torch
         call: with the queries of S positions.
         first, count: which key heads; all without ``count``.
     """
+    if call.probs_BHLK is not None and count is None:
+        return call.probs_BHLK
     batch, heads, slots, depth = call.query_BHLD.shape
     query_BhSD, key_BGKD, mask = call.query_BHLD, call.key_BHKD, call.mask
     if count is not None:
@@ -289,53 +290,55 @@ def probabilities(call: Call, first: int = 0, count: int | None = None) -> torch
     if mask is not None:
         picked = mask[..., :keys]
         if picked.dtype == torch.bool:
-            scores_BhSK = scores_BhSK.masked_fill(~picked, lowest)
+            scores_BhSK.masked_fill_(~picked, lowest)
         else:
-            scores_BhSK = scores_BhSK + picked.float()
+            scores_BhSK += picked  # in place: no gradient needs the product itself
     elif call.place_BL is not None:
         later_BSK = torch.arange(keys, device=scores_BhSK.device) > call.place_BL[:, :, None]
-        scores_BhSK = scores_BhSK.masked_fill(later_BSK[:, None], lowest)
+        scores_BhSK.masked_fill_(later_BSK[:, None], lowest)
     return scores_BhSK.softmax(-1)
 
 
-def word_rows(call: Call, words: WordRows, first: int = 0, count: int | None = None) -> torch.Tensor:
-    """(R, h, K): the probabilities of the words' rows, of the heads of `probabilities`."""
-    return probabilities(call, first, count)[words.row_batch, :, words.row_slot]
-
-
-def word_cells(call: Call, words: WordRows, planes: Planes, latents_BNSS: torch.Tensor | None = None) -> torch.Tensor:
+def word_cells(call: Call, words: WordRows, planes: Planes, latents_BNCC: torch.Tensor | None = None) -> torch.Tensor:
     """(W, H, S, S): one layer's attention of each word on the whole image, see `planes.project`.
 
     The mean over a word's rows; no Aligner, no normalisation. Behind a relay: attention to the latents times
-    ``latents_BNSS``, where they look. What many heads and keys need at once is bounded by computing some heads at a
-    time, and again in backward.
+    ``latents_BNCC``, where they look. What many heads and keys need at once is bounded by computing some heads at a
+    time; their probabilities are computed again in backward, and what follows is linear and keeps nothing.
     """
-    count_W = torch.zeros(len(words), device=words.row_word.device).index_add_(
-        0, words.row_word, torch.ones(len(words.row_word), device=words.row_word.device)
-    )
 
-    def cells(rows_RhK: torch.Tensor) -> torch.Tensor:
-        mean_WhK = rows_RhK.new_zeros(len(words), *rows_RhK.shape[1:]).index_add(0, words.row_word, rows_RhK)
-        mean_WhK = mean_WhK / count_W[:, None, None]
-        with torch.autocast(mean_WhK.device.type, enabled=False):
-            if latents_BNSS is None:
-                return project(mean_WhK, planes, words.word_example)
-            return project_latents(mean_WhK, latents_BNSS, planes, words.word_example, words.slots.shape[1])
+    def cells(probs_BhSK: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(probs_BhSK.device.type, enabled=False):
+            if latents_BNCC is None:
+                return project(probs_BhSK, planes)
+            return project_latents(probs_BhSK, latents_BNCC, planes)
 
-    if call.rows_RHK is not None:
-        return cells(call.rows_RHK)
+    if call.probs_BHLK is not None:
+        return word_mean(cells(call.probs_BHLK), words)
     groups = call.key_BHKD.shape[1]
     once = max(HELD * groups // call.size, 1)
     parts = [
-        checkpoint(
-            lambda first: cells(word_rows(call, words, first, min(once, groups - first))),
-            first,
-            use_reentrant=False,
-            preserve_rng_state=False,
+        cells(
+            checkpoint(
+                probabilities,
+                call,
+                first,
+                min(once, groups - first),
+                use_reentrant=False,
+                preserve_rng_state=False,
+            )
         )
         for first in range(0, groups, once)
     ]
-    return torch.cat(parts, 1)
+    return word_mean(torch.cat(parts, 1), words)
+
+
+def word_mean(cells_BHSCC: torch.Tensor, words: WordRows) -> torch.Tensor:
+    """(W, H, C, C): the mean over the rows of each word."""
+    rows_RHCC = cells_BHSCC[words.row_batch, :, words.row_slot]
+    count_W = torch.bincount(words.row_word, minlength=len(words)).to(rows_RHCC.dtype)
+    sum_WHCC = rows_RHCC.new_zeros(len(words), *rows_RHCC.shape[1:]).index_add(0, words.row_word, rows_RHCC)
+    return sum_WHCC / count_W[:, None, None, None]
 
 
 def student_maps(tap: AttentionTap, batch: StudentBatch) -> torch.Tensor:

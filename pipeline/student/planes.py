@@ -105,29 +105,30 @@ def shares(start: float, step: float, count: int, side: int = SIDE) -> np.ndarra
     return np.clip(overlap_CN, 0, None) / step
 
 
-def project(probs_WHK: torch.Tensor, planes: Planes, example_W: torch.Tensor) -> torch.Tensor:
-    """Attention over keys onto the image: (W, H, S, S) for planes of S cells a side, in units of an even spread.
+def project(probs_BHSK: torch.Tensor, planes: Planes) -> torch.Tensor:
+    """Attention over keys onto the image: (B, H, S, C, C) for planes of C cells a side, in units of an even spread.
 
     A value of 1 is what every cell has when all attention goes to the image and is spread evenly; the unit keeps
     maps of models with a hundred keys and with six thousand in the same range, which the Aligner's normalisation
     needs.
 
     Args:
-        probs_WHK: attention of each word and head over all keys.
+        probs_BHSK: attention of S positions of each example over all keys.
         planes: the batch's geometry.
-        example_W: the example of each word.
     """
-    words, heads, _ = probs_WHK.shape
+    batch, heads, slots, _ = probs_BHSK.shape
     _, tiles, height, width = planes.columns.shape
     side = planes.rows_y.shape[2]
-    index_WHN = planes.columns[example_W].reshape(words, 1, -1).expand(-1, heads, -1)
-    patches_WHTHW = probs_WHK.gather(2, index_WHN).view(words, heads, tiles, height, width)
-    rows_y_WTSH, rows_x_WTSW = planes.rows_y[example_W], planes.rows_x[example_W]
-    cells_WHSS = probs_WHK.new_zeros(words, heads, side, side)
+    # All of a tile's patches side by side, then all columns of cells with one product, then all rows.
+    strips = []
     for t in range(tiles):
-        spread_WHSW = torch.einsum("wsh,wnhv->wnsv", rows_y_WTSH[:, t], patches_WHTHW[:, :, t])
-        cells_WHSS = cells_WHSS + torch.einsum("wnsv,wcv->wnsc", spread_WHSW, rows_x_WTSW[:, t])
-    return cells_WHSS * side**2
+        index_BHSP = planes.columns[:, t].flatten(1)[:, None, None].expand(-1, heads, slots, -1)
+        patches_BMW = probs_BHSK.gather(3, index_BHSP).view(batch, -1, width)
+        strips.append((patches_BMW @ planes.rows_x[:, t].transpose(1, 2)).view(batch, -1, height, side))
+    if not strips:
+        return probs_BHSK.new_zeros(batch, heads, slots, side, side)
+    down_BCP = planes.rows_y.transpose(1, 2).flatten(2) * side**2
+    return (down_BCP[:, None] @ torch.cat(strips, 2)).view(batch, heads, slots, side, side)
 
 
 def latent_maps(relay_NQK: torch.Tensor, planes: Planes) -> torch.Tensor:
@@ -159,25 +160,16 @@ def patches_of(relays_NQK: Sequence[torch.Tensor]) -> torch.Tensor:
     return patches_NQP / patches_NQP.sum(-1, keepdim=True)
 
 
-def project_latents(
-    probs_WHK: torch.Tensor, latents_BNSS: torch.Tensor, planes: Planes, example_W: torch.Tensor, most: int
-) -> torch.Tensor:
-    """`project` through a relay: (W, H, S, S), attention to each latent times where the latent looks.
+def project_latents(probs_BHSK: torch.Tensor, latents_BNCC: torch.Tensor, planes: Planes) -> torch.Tensor:
+    """`project` through a relay: (B, H, S, C, C), attention to each latent times where the latent looks.
 
     Args:
-        probs_WHK: attention of each word and head over all keys.
-        latents_BNSS: what `latent_maps` gives.
+        probs_BHSK: attention of S positions of each example over all keys.
+        latents_BNCC: what `latent_maps` gives.
         planes: the batch's geometry.
-        example_W: the example of each word, ascending.
-        most: at least the number of words of any example.
     """
-    words, heads, _ = probs_WHK.shape
-    examples, latents, side, _ = latents_BNSS.shape
-    index_WHN = planes.latents.flatten(1)[example_W][:, None].expand(-1, heads, -1)
-    share_WHN = probs_WHK.gather(2, index_WHN)
-    # Words of one example side by side, so that one product does the batch without a copy of the maps for each word.
-    first_B = torch.searchsorted(example_W, torch.arange(examples, device=example_W.device))
-    place_W = torch.arange(words, device=example_W.device) - first_B[example_W]
-    share_BMHN = share_WHN.new_zeros(examples, most, heads, latents).index_put((example_W, place_W), share_WHN)
-    cells_BMHC = (share_BMHN.flatten(1, 2) @ latents_BNSS.flatten(2)).unflatten(1, (most, heads))
-    return cells_BMHC[example_W, place_W].unflatten(2, (side, side)) * side**2
+    batch, heads, slots, _ = probs_BHSK.shape
+    side = latents_BNCC.shape[-1]
+    index_BHSN = planes.latents.flatten(1)[:, None, None].expand(-1, heads, slots, -1)
+    share_BMN = probs_BHSK.gather(3, index_BHSN).flatten(1, 2)
+    return (share_BMN @ latents_BNCC.flatten(2)).view(batch, heads, slots, side, side) * side**2
