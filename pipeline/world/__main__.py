@@ -1,7 +1,8 @@
 """`make world`: train the bundled teacher and student from scratch and write them to pipeline/world/models/.
 
-By its steps some 40 minutes on one core. The bundled teacher went through earlier forms of `matching.Matching` on its
-way to this one; docs/log.md lists them, and how well the bundled models do.
+By its steps some 40 minutes on one core. The student comes out as the bundled one, byte for byte. The bundled teacher
+went through earlier forms of `matching.Matching` in 5,900 steps and points better than one made from nothing by the
+rounds here (0.86 against 0.58 after 2,400 of their 3,300 steps); docs/log.md tells how.
 """
 
 import argparse
