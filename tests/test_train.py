@@ -22,7 +22,10 @@ from pipeline.layout import Layout
 from pipeline.mapstore import MapStore
 from pipeline.mapstore.schema import ExampleMaps
 from pipeline.mapstore.write import write_shard
+from pipeline.student.batch import IGNORED, EncodeError
+from pipeline.student.load import load_student
 from pipeline.train import card, metrics, status
+from pipeline.train.data import Batches
 from pipeline.train.export import ExportError
 from pipeline.train.stage import train
 from pipeline.train.targets import open_targets
@@ -219,8 +222,6 @@ def test_weights_trained_in_float32_are_exported_in_the_models_own_precision(roo
 
 
 def test_an_export_that_computes_something_else_is_no_success(root, monkeypatch):
-    from pipeline.student.load import load_student
-
     cfg = settings(root, *LORA, f"runs_dir={root}/wrong")
     monkeypatch.setattr("pipeline.train.stage._reload", lambda cfg, path: load_student(cfg.model).model)
     with pytest.raises(ExportError, match="reloaded logits differ"):
@@ -272,6 +273,36 @@ def test_examples_the_student_cannot_take_are_written_down_and_too_many_stop_the
     rows = [json.loads(line) for line in (status.run_dir(cfg) / "skipped.jsonl").read_text().splitlines()]
     assert rows
     assert all(row["key"] and row["reason"] for row in rows)
+
+
+def test_a_student_that_can_take_no_example_at_all_ends_the_run(root):
+    more = ("arm=sft", f"runs_dir={root}/none", "model.max_length=12", "data.max_failed=1.0")
+    with pytest.raises(UserError, match=r"can take none of the 12 examples: see .*skipped\.jsonl"):
+        train(settings(root, *more))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_process_whose_examples_are_all_refused_keeps_up_with_a_batch_that_teaches_nothing(root, tmp_path, ranks):
+    cfg = settings(root)
+    archive = Archive(Layout(cfg).examples_dir("train"))
+    family, refused = load_student(cfg.model).family, set(archive.keys[4:])
+    encode = family.encode_one
+
+    def picky(example):
+        if example.key in refused:
+            raise EncodeError("not to its taste")
+        return encode(example)
+
+    family.encode_one = picky
+    order = SimpleNamespace(indices=lambda first, count: list(range(first, first + count)))
+    given = {"batch_size": 4, "micro_batch": 1, "ranks": ranks, "skipped_file": tmp_path / "s", "max_failed": 1.0}
+    batches = Batches(archive, order, family, None, rank=ranks - 1, **given)
+    assert [b.keys for b in batches.at(0).batches] == [[key] for key in archive.keys[4 - 4 // ranks : 4]]
+    share = batches.at(1)
+    assert share.skipped == 4 // ranks
+    assert len(share.batches) == (1 if ranks == 1 else 2)
+    for batch in share.batches:
+        assert (batch.labels == IGNORED).all() and not len(batch.words) and batch.keys == archive.keys[:1]
 
 
 # --- targets --------------------------------------------------------------------------------------------------------

@@ -83,8 +83,10 @@ class Batches:
         kept = [row for row in rows if row is not None]
         parts = [kept[i : i + self.micro_batch] for i in range(0, len(kept), self.micro_batch)]
         batches = [self._collate(part) for part in parts]
-        # Where examples were left out, a process may have fewer batches than the others, and they would wait for it.
-        missing = -(-self.share // self.micro_batch) - len(batches) if self.ranks > 1 else 0
+        # Where examples were left out, a process may have fewer batches than the others, and they would wait for it;
+        # and without any, one process does what several do.
+        wanted = -(-self.share // self.micro_batch) if self.ranks > 1 else 1
+        missing = max(wanted - len(batches), 0)
         return Share(batches + [self._nothing()] * missing, len(rows) - len(kept))
 
     def only(self, index: int) -> StudentBatch | None:
