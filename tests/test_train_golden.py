@@ -108,7 +108,11 @@ def test_two_processes_with_sharded_weights_compute_the_same_run(root, reference
 @pytest.mark.full
 def test_sharded_weights_in_half_precision_compute_what_one_process_does(root):  # noqa: F811
     script = str(Path(__file__).parent / "fsdp_on_cpu.py")
-    alone = run(root, "half", "train.precision=bf16")
+    # In a process of its own: accelerate keeps a process's precision.
+    given = words(root, "half", "train.precision=bf16")
+    done = subprocess.run([sys.executable, "-m", "stages.train", *given], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    alone = compose(given)
     cfg, out = ranks(root, "fsdp-half", [script], "train.precision=bf16", "train.micro_batch=4", "train.parallel=fsdp")
     assert "fsdp2 True" in out
     for found, expected in zip(losses(cfg), losses(alone), strict=True):

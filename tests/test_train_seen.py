@@ -1,7 +1,13 @@
 """The numbers of a run: FLOPs by hand, speed, and where they are shown."""
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
+from accelerate import PartialState
+from accelerate.tracking import TrackioTracker, WandBTracker
+from PIL import Image
 from torch import nn
 
 from pipeline.config import compose
@@ -43,6 +49,48 @@ def test_speed_is_counted_over_all_processes_and_begins_anew():
     assert "mfu" not in made, "the peak of a CPU is not known"
     assert made["peak_memory_mb"] > 50
     assert speed.take(1.0)["examples_per_second"] == 0
+
+
+def test_pictures_and_resumed_runs_reach_every_tracker(monkeypatch, tmp_path):
+    """Accelerate's own trackers, with modules that stand in for the two packages."""
+    calls = []
+
+    class Run:
+        def log(self, values, step=None, **more):
+            calls.append((sorted(values), step))
+
+    def started(**given):
+        calls.append(given)
+        return Run()
+
+    module = SimpleNamespace(init=started, Image=lambda image: image)
+    for name in ("wandb", "trackio"):
+        monkeypatch.setitem(sys.modules, name, module)
+    cfg = compose(["train.trackers=[wandb,trackio]"])
+
+    def opened(step: int) -> tuple[dict, dict]:
+        calls.clear()
+        kinds = {"wandb": WandBTracker, "trackio": TrackioTracker}
+        fake = SimpleNamespace(is_main_process=True, project_dir=tmp_path, trackers=[])
+
+        def init(project, init_kwargs):
+            for name, given in init_kwargs.items():
+                fake.trackers.append(kinds[name](project, **given))
+                fake.trackers[-1].start()
+
+        fake.init_trackers = init
+        trackers.start(fake, cfg, "train lavender-1", step)
+        made = calls[:]
+        trackers.show_picture(fake, "heldout/overlays", Image.new("RGB", (4, 4)), 7)
+        assert calls[2:] == [(["heldout/overlays"], 7)] * 2
+        return made
+
+    PartialState()  # accelerate's trackers ask it which process this is
+    wandb, trackio = opened(0)
+    assert wandb["project"] == trackio["project"] == "tiny-world" and trackio["resume"] == "never"
+    again, other = opened(5)
+    assert again["id"] == wandb["id"] and again["resume"] == "allow" and other["resume"] == "allow"
+    assert opened(0)[0]["id"] != wandb["id"], "a run that begins anew is another one"
 
 
 def test_trackers_are_checked_before_the_run(monkeypatch):

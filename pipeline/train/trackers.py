@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -40,15 +42,26 @@ def start(accelerator: Accelerator, cfg: Config, label: str, step: int) -> None:
 
     Args:
         label: names the run.
-        step: where it goes on; what TensorBoard showed after it is taken back, for the run repeats it.
+        step: where it goes on; what TensorBoard showed after it is taken back, for the run repeats it. The others go on
+            with the run of before, and keep what they have of a step.
     """
     own = {
         "tensorboard": {"purge_step": step + 1 if step else 0},
         "wandb": {"name": label, "resume": "allow", "config": asdict(cfg.train)},
-        "trackio": {"name": label, "config": asdict(cfg.train)},
+        "trackio": {"name": label, "resume": "allow" if step else "never", "config": asdict(cfg.train)},
     }
+    if "wandb" in cfg.train.trackers and accelerator.is_main_process:
+        own["wandb"]["id"] = _identity(Path(accelerator.project_dir) / "wandb-id", anew=not step)
     wanted = {name: own[name] for name in cfg.train.trackers}
     accelerator.init_trackers(f"{cfg.model.name}-{cfg.data.name}", init_kwargs=wanted)
+
+
+def _identity(path: Path, anew: bool) -> str:
+    """The name under which Weights & Biases knows the run; in a file, so that a resumed process goes on with it."""
+    if anew or not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(secrets.token_hex(4), encoding="utf-8")
+    return path.read_text(encoding="utf-8")
 
 
 def show_picture(accelerator: Accelerator, name: str, picture: Image.Image, step: int) -> None:
