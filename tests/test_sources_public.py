@@ -303,11 +303,12 @@ def test_a_folder_of_images(tmp_path):
         "missing_text", ["What is it?", "black cat"], ["What is it?", "dog"],
     ]  # fmt: skip
     assert [item.id for item in items("test", kind="hf", path=str(tmp_path / "cats"))] == ["test/dog/2.png"]
-    rows = [{"file_name": "dog/1.png", "caption": "A dog."}, {"file_name": "no.png", "caption": "None."}]
+    long = "n" * 300
+    rows = [{"file_name": name, "caption": text} for name, text in (("dog/1.png", "A dog."), (long, "None."))]
     as_csv(tmp_path / "cats/train/metadata.csv", rows)
     found = items(kind="hf", path=str(tmp_path / "cats"))
     assert [(item.image.relative_to(tmp_path / "cats").as_posix(), texts(item)[1]) for item in found] == [
-        ("train/dog/1.png", "A dog."), ("no.png", "None."),
+        ("train/dog/1.png", "A dog."), (long, "None."),
     ]  # fmt: skip
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="neither tables"):

@@ -196,10 +196,12 @@ def _check_place(path: Path, root: Path, follow_links: bool) -> None:
 
 
 def _read_file(path: Path, root: Path | None, follow_links: bool) -> bytes:
-    if root is not None:
-        _check_place(path, root, follow_links)
     try:
+        if root is not None:
+            _check_place(path, root, follow_links)
         return path.read_bytes()
+    except InvalidExample:
+        raise
     except FileNotFoundError as error:
         raise InvalidExample("missing_image", f"{_name(path, root)} does not exist") from error
     except (OSError, ValueError) as error:

@@ -75,6 +75,13 @@ def _images(folder: Path) -> list[Path]:
     return [file for file in sorted(folder.rglob("*")) if file.suffix[1:].lower() in IMAGES and file.is_file()]
 
 
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that no file can have; reading it says so
+        return False
+
+
 def _by_split(files: list[Path], folder: Path) -> dict[str, list[Path]]:
     """Files by the split that their names tell, a folder's before a file's; train where they tell none."""
     found: dict[str, list[Path]] = {}
@@ -167,8 +174,7 @@ class Table(FileSource):
                 return None, Failure("outside_root", "the image name has a NUL byte")
             if not image:
                 return None, None
-            below = folder != self.root and (folder / image).exists()
-            return (folder if below else self.root) / image, None
+            return (folder if folder != self.root and _is_file(folder / image) else self.root) / image, None
         return image, None
 
     def _counted(self, split: str) -> list[int]:
