@@ -6,11 +6,14 @@ import io
 import json
 
 import pytest
+from evaluate_world import world  # noqa: F401 (a fixture)
 from PIL import Image
 
 from pipeline.config import compose
 from pipeline.errors import UserError
 from pipeline.evaluate import stage, status
+from pipeline.evaluate.answers import read_rows
+from pipeline.layout import Layout
 
 
 def picture(colour):
@@ -93,6 +96,37 @@ def test_worldmedqa_is_asked_sighted_and_blind(sharded):
     ]
     assert (one.kind, one.group) == ("choice", "japan")
     assert [q.uid for q in asked["local blind"]] == [f"{q.uid}#blind" for q in asked["local"]]
+
+
+def test_blind_runs_countries_and_yes_rates_are_evaluated(sharded, world, tmp_path):  # noqa: F811
+    """Both benchmarks through the stage, on a tiny student: what they report is in the summary and the details."""
+    found = {}
+    for name in ("worldmedqa", "pope"):
+        own = [f"shards_dir={sharded}/shards", f"runs_dir={tmp_path}/{name}", f"model.path={world}/student"]
+        cfg = compose([f"eval={name}", *own, "eval.arms=[base]", "eval.workers=1", "eval.max_new_tokens=3"])
+        summary = stage.evaluate(cfg).summary
+        details = json.loads((Layout(cfg).eval_dir / "details.json").read_text())
+        rows = read_rows(Layout(cfg).eval_dir / "base" / "per_sample.jsonl")
+        found[name] = summary["arms"]["base"], details, rows
+    numbers, details, rows = found["worldmedqa"]
+    counts = {"local": 6, "english": 3, "local blind": 6, "english blind": 3}
+    assert {task: entry["n"] for task, entry in numbers.items()} == counts
+    assert {country: entry["base"]["n"] for country, entry in details["by_kind"]["local blind"].items()} == {
+        "japan": 2,
+        "spain": 4,
+    }
+    by_uid = {row["uid"]: row for row in rows}
+    seen = [row for row in rows if not row["uid"].endswith("#blind")]
+    assert [by_uid[f"{row['uid']}#blind"]["prompt"] for row in seen] == [row["prompt"] for row in seen]
+    assert any(by_uid[f"{row['uid']}#blind"]["raw"] != row["raw"] for row in seen), "the image is not looked at"
+    assert {row["scorer"] for row in rows} == {"choice-1"}
+    numbers, details, rows = found["pope"]
+    for task in ("random", "adversarial"):
+        told = details["yes_no"][task]["base"]
+        assert set(told) == {"f1", "precision", "recall", "yes_rate"}
+        assert all(entry["n"] == numbers[task]["n"] == 4 for entry in told.values())
+        said = [row["answer"] == "yes" for row in rows if row["task"] == task]
+        assert told["yes_rate"]["value"] == sum(said) / 4
 
 
 def test_any_held_out_conversations(root):

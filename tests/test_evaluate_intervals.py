@@ -42,6 +42,10 @@ def test_no_spread_still_has_an_interval():
     full = intervals.mean_interval(np.ones(20), np.arange(20))
     assert full.hi == pytest.approx(1.0)
     assert 0.8 < full.lo < 0.9
+    never = intervals.ratio_interval(np.zeros(20), np.ones(20), np.arange(20) // 2)
+    assert (never.value, never.lo) == (0, 0)
+    assert 0.2 < never.hi < 0.4, "ten images"
+    assert intervals.ratio_interval(np.zeros(9), np.zeros(9), np.arange(9)).ci95 == [0, 1]
     with pytest.raises(ValueError, match="at least one"):
         intervals.mean_interval([], [])
 

@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -146,6 +147,103 @@ def test_the_real_harness_gives_what_the_built_in_evaluator_gives(world, python,
     assert not part.exists()
 
 
+CHOICES = """
+task: little_choice
+dataset_path: parquet
+dataset_kwargs: {{data_files: {{test: {folder}/little_choice.parquet}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_visual: !function utils.visual
+doc_to_text: question
+doc_to_target: gold
+doc_to_choice: choices
+metric_list:
+  - {{metric: acc, aggregation: mean, higher_is_better: true}}
+metadata: {{version: 1.0}}
+"""
+
+
+@pytest.mark.full
+def test_of_choices_the_likeliest_is_taken(world, python, tmp_path):  # noqa: F811
+    """By the real harness, which takes the lowest loss; every third question has the unlikeliest choice for right."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    import torch
+
+    from pipeline.evaluate import arms
+    from pipeline.evaluate.questions import alone
+    from pipeline.examples import Turn
+
+    cfg = settings(
+        world,
+        "eval.arms=[base]",
+        f"runs_dir={tmp_path}/runs",
+        "eval=lmms",
+        "eval.harness_tasks=[little_choice]",
+        f"eval.harness_path={tmp_path}",
+        f"eval.harness_python={python}",
+    )
+    archives, asked, _ = stage.chosen(settings(world))
+    student = arms.load(cfg, arms.base_run(cfg), "cpu")
+    choices, rows, likeliest = ["red", "two blue stars", "yes", "a small green square"], [], []
+    for number, question in enumerate(asked["test"][:12]):
+        example = alone(archives[question.split][question.index], question.turn)
+        losses = []
+        for choice in choices:
+            turns = (*example.turns[:-1], Turn("assistant", choice))
+            item = student.family.encode_one(replace(example, turns=turns))
+            learnt = (item.labels >= 0).nonzero().flatten()[:-1]  # without the end of the turn
+            batch = student.family.collate([item], train=False)
+            with torch.no_grad():
+                logits = student.model(**batch.inputs).logits[0, learnt - 1]
+            losses.append(float(torch.nn.functional.cross_entropy(logits, item.labels[learnt])))
+        order = sorted(range(len(choices)), key=losses.__getitem__)
+        gold = order[-1] if number % 3 == 0 else order[0]
+        likeliest.append(choices[order[0]])
+        picture = archives[question.split][question.index].image
+        rows.append({"picture": picture, "question": question.prompt, "choices": choices, "gold": gold})
+    assert len(set(likeliest)) > 1 or likeliest[0] != choices[0]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "little_choice.parquet")
+    (tmp_path / "little_choice.yaml").write_text(CHOICES.format(folder=tmp_path))
+    (tmp_path / "utils.py").write_text(UTILS)
+    summary = stage.evaluate(cfg).summary
+    assert summary["arms"]["base"]["little_choice"]["accuracy"] == pytest.approx(8 / 12, abs=1e-4)
+    told = [json.loads(line) for line in (Layout(cfg).eval_dir / "base" / "per_sample.jsonl").read_text().splitlines()]
+    assert [row["answer"] for row in told] == likeliest
+    assert [row["correct"] for row in told] == [number % 3 != 0 for number in range(12)]
+
+
+@pytest.mark.full
+def test_its_own_command_finds_our_models(world, python, tmp_path):  # noqa: F811
+    """`lmms_eval --model lavender` on an adapter of the bundled student gives the built-in evaluator's accuracy."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    from pipeline.config import compose
+    from pipeline.evaluate import arms
+    from pipeline.evaluate.answers import generate
+    from pipeline.student.load import load_student
+
+    torch.manual_seed(3)
+    lora = LoraConfig(r=4, lora_alpha=64, target_modules=["q_proj"], init_lora_weights=False)
+    get_peft_model(load_student(compose().model).model, lora).save_pretrained(tmp_path / "mine")
+    archives, asked, _ = stage.chosen(settings(world))
+    questions = asked["test"][:8]
+    student = arms.load(compose(), arms.Run("given", None, tmp_path / "mine", tmp_path), "cpu")
+    said = [generate(student, archives, [question], 6)[0][0] for question in questions]
+    little_world(tmp_path, questions, archives, [raw if n % 4 else "nothing" for n, raw in enumerate(said)])
+    command = [str(python), "-m", "lmms_eval", "--model", "lavender", "--tasks", "little_world", "--log_samples"]
+    command += ["--model_args", f"model=tiny,weights={tmp_path}/mine", "--include_path", str(tmp_path)]
+    command += ["--output_path", str(tmp_path / "out"), "--batch_size", "1", "--device", "cpu"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    (results,) = (tmp_path / "out").rglob("*_results.json")
+    assert json.loads(results.read_text())["results"]["little_world"]["right,none"] == pytest.approx(6 / 8)
+    (samples,) = (tmp_path / "out").rglob("*_samples_little_world.jsonl")
+    found = [json.loads(line) for line in samples.read_text().splitlines()]
+    assert [one["filtered_resps"] for one in sorted(found, key=lambda one: one["doc_id"])] == said
+
+
 def test_mistakes_are_told(world, tmp_path):  # noqa: F811
     with pytest.raises(UserError, match="name the harness's tasks"):
         stage.evaluate(settings(world, "eval=lmms"))
@@ -154,6 +252,20 @@ def test_mistakes_are_told(world, tmp_path):  # noqa: F811
         stage.evaluate_arm(cfg, "base", None, "cpu")
     with pytest.raises(UserError, match="no such folder"):
         stage.evaluate(settings(world, "eval=lmms", "eval.harness_tasks=[ai2d]", "eval.harness_path=/nowhere"))
+
+
+def test_the_reason_is_the_last_error_and_no_progress_bar(tmp_path):
+    log = tmp_path / "lmms.log"
+    log.write_text(
+        "ValueError: first\nTraceback (most recent call last):\nx.RetryError: second\n 0%| | 0/12 [00:10<?]\n"
+    )
+    assert lmms._reason(log) == "x.RetryError: second"
+    log.write_text("loading\nerror: lmms-eval has no task 'x'\n")
+    assert lmms._reason(log) == "lmms-eval has no task 'x'"
+    log.write_text("Killed\n")
+    assert lmms._reason(log) == "Killed"
+    log.write_text("")
+    assert lmms._reason(log) == "it said nothing"
 
 
 class Task:

@@ -41,7 +41,7 @@ def test_summary_and_rows(evaluated):
     summary = json.loads((Layout(evaluated).eval_dir / "summary.json").read_text())
     assert list(summary["arms"]) == ["base", "sft", "lavender"]
     assert set(summary) == {"arms", "teacher", "seeds", "seconds", "paired"}
-    assert set(summary["teacher"]) == {"pointing", "miou", "chance"}
+    assert set(summary["teacher"]) == {"pointing", "miou", "chance"}  # and "ci95" and "n" where there are maps
     assert summary["seeds"] == [1]
     assert set(summary["arms"]["sft"]) == {"test", "ood", "pointing"}
     per_sample = rows(folder(evaluated, "sft-1") / "per_sample.jsonl")

@@ -104,7 +104,7 @@ def test_every_value_has_its_interval_and_count(summary, details, one_shape):
     text = rendered(summary, details)
     values = re.findall(r"<b>[−+]?\d\.\d{3}</b>(.{0,120})", text, re.DOTALL)
     assert len(values) > 10
-    assert all(re.search(r"\[[−+]?\d\.\d+, [−+]?\d\.\d+\].*n = \d+", after, re.DOTALL) for after in values)
+    assert all(re.search(r"\[[−+]?\d\.\d+, [−+]?\d\.\d+\].*n\s=\s\d+", after, re.DOTALL) for after in values)
 
 
 def test_verdicts_say_what_the_intervals_say(summary):
@@ -142,7 +142,9 @@ def test_figures_take_their_colours_from_the_page(summary):
 
 def test_a_difference_is_filled_only_if_it_is_real(summary):
     circles = {
-        real: plots.svg(plots.changes({**summary, "paired": paired(real)}, ["test"]), "wide", "c").count("var(--paper)")
+        real: plots.svg(plots.changes({**summary, "paired": paired(real)}, ["test"]), "wide", "c").count(
+            "fill: var(--paper); stroke"
+        )
         for real in (True, False)
     }
     assert circles[False] > circles[True] == 0

@@ -17,7 +17,13 @@ SUMMARY = {
             "pointing": {"value": 0.5, "ci95": [0.4, 0.6], "n": 90},
         },
     },
-    "teacher": {"pointing": 0.91, "miou": 0.4, "chance": 0.06},
+    "teacher": {
+        "pointing": 0.91,
+        "miou": 0.4,
+        "chance": 0.06,
+        "ci95": {"pointing": [0.9, 0.92], "miou": [0.3, 0.5], "chance": [0.05, 0.07]},
+        "n": 70,
+    },
     "seeds": [1, 2],
     "seconds": {"train": 812.4},
     "paired": {
@@ -47,9 +53,11 @@ def test_section_is_written_and_stays(root, capsys):
     assert text.endswith("rest\n")
     assert "| sft | 0.300 [0.270, 0.330], n=1000 | 0.500 [0.400, 0.600], n=90 |" in text
     assert "| base | 0.100 [0.080, 0.120], n=1000 | – |" in text
-    assert "| base | **-0.200 [-0.240, -0.160], p<0.001** | – |" in text
+    assert "| base | **-0.200 [-0.240, -0.160], p<0.001, n=9** | – |" in text
     assert "`make demo SEEDS=2`" in text
     assert "over 2 seeds and examples" in text
+    assert "pointing 0.910 [0.900, 0.920], mIoU 0.400 [0.300, 0.500]; a random point would" in text
+    assert "score 0.060 [0.050, 0.070] (n=70)." in text
     assert main(["--root", str(root)]) == 0
     assert "already says" in capsys.readouterr().out
     assert (root / "README.md").read_text() == text

@@ -283,7 +283,7 @@ def _delta(entry: Mapping | None) -> str:
         return "-"
     lo, hi = entry["ci95"]
     p = f"p={entry['p']:.3f}" if entry["p"] >= 0.001 else "p<0.001"
-    return f"{entry['difference']:+.3f} [{lo:+.3f}, {hi:+.3f}] {p}{' *' if entry['real'] else ''}"
+    return f"{entry['difference']:+.3f} [{lo:+.3f}, {hi:+.3f}] {p} n={entry['n']}{' *' if entry['real'] else ''}"
 
 
 def _lines(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -105,7 +105,8 @@ def mean_interval(values, clusters, draws: int = DRAWS, seed: int = 0) -> Interv
 def ratio_interval(above, below, clusters, draws: int = DRAWS, seed: int = 0) -> Interval:
     """sum(above) / sum(below) (both (N,)) with a percentile bootstrap interval over clusters: an F1 or a rate.
 
-    A denominator of zero gives zero, as F1 of nothing is usually taken.
+    A denominator of zero gives zero, as F1 of nothing is usually taken. Where resampling always gives the same 0 or 1,
+    the interval is Wilson's for as many trials as there are clusters with a denominator; without any it is [0, 1].
     """
     above_N, below_N = np.asarray(above, dtype=float), np.asarray(below, dtype=float)
     codes_N = _as_clusters(clusters, len(above_N))
@@ -116,6 +117,9 @@ def ratio_interval(above, below, clusters, draws: int = DRAWS, seed: int = 0) ->
     drawn = np.divide(over_D, under_D, out=np.zeros(draws), where=under_D > 0)
     lo, hi = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     value = above_N.sum() / below_N.sum() if below_N.sum() else 0.0
+    if value in (0.0, 1.0) and lo == hi:
+        trials = int((below_C > 0).sum())
+        lo, hi = _wilson(value, trials) if trials else (0.0, 1.0)
     return Interval(float(value), float(lo), float(hi), len(above_N), count)
 
 

@@ -13,6 +13,7 @@ import argparse
 import difflib
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -112,7 +113,9 @@ def _lines(path: Path) -> int:
 
 def _reason(log: Path) -> str:
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return (lines[-1] if lines else "it said nothing").removeprefix("error: ")
+    errors = [line for line in lines if re.match(r"error: |[\w.]*(Error|Exception|Interrupt)\b", line)]
+    # What the last error says, not the progress bars that come after it.
+    return ([*lines[-1:], *errors[-1:]] or ["it said nothing"])[-1].removeprefix("error: ")
 
 
 # --- in the environment of lmms-eval --------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from hashlib import sha256
 from pathlib import Path
 
 import torch
+from lmms_eval.api.instance import GenerationResult
 from lmms_eval.api.model import lmms
 from PIL import Image
 
@@ -88,11 +89,12 @@ class Lavender(lmms):
             self._answer([one for one in asked if one.tokens == tokens], tokens)
         return [_cut(self.rows[one.uid]["raw"], one.until) for one in asked]
 
-    def loglikelihood(self, requests) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests) -> list[GenerationResult]:
         """(loss, whether greedy decoding would give it) of each request's continuation.
 
         The loss is the mean negative log-probability of its tokens, as lmms-eval's own models return it: despite the
-        method's name the harness takes the choice with the LOWEST number.
+        method's name the harness takes the choice with the LOWEST number. In a result object, because 0.7.3 makes text
+        of a bare pair and then cannot read it.
         """
         found = []
         for request in requests:
@@ -101,7 +103,7 @@ class Lavender(lmms):
             if callable(continuation):
                 continuation = continuation(self.task_dict[task][split][number])
             example, _ = _example(str(text), str(continuation), self._visuals(look, task, split, number))
-            found.append(self._likelihood(example))
+            found.append(GenerationResult(self._likelihood(example)))
         return found
 
     def generate_until_multi_round(self, requests) -> list[list[str]]:

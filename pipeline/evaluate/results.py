@@ -39,7 +39,8 @@ def summarise(cfg: Config, found: Sequence[Job]) -> dict:
     teacher = next((_grounding(_words(cfg, job), cfg.eval.point_task) for job in found if not job.arm), None)
     short = {"pointing": None, "miou": None, "chance": None}
     if teacher:
-        short = {key: teacher[key]["value"] for key in short}
+        intervals = {key: teacher[key]["ci95"] for key in short}
+        short = {key: teacher[key]["value"] for key in short} | {"ci95": intervals, "n": teacher["pointing"]["n"]}
     return {"arms": out["arms"], "teacher": short, "seeds": out["seeds"], "seconds": _seconds(cfg, found)} | {
         "paired": out["paired"]
     }

@@ -295,10 +295,10 @@ def _printed(cfg: Config, summary: dict, failures: dict) -> str:
     text, teacher = table(summary, status.task_names(cfg)), summary["teacher"]
     if teacher["pointing"] is not None:
         numbers = (
-            f"{name} {teacher[key]:.3f}"
+            "{} {:.3f} [{:.3f}, {:.3f}]".format(name, teacher[key], *teacher["ci95"][key])
             for name, key in (("pointing", "pointing"), ("mIoU", "miou"), ("chance", "chance"))
         )
-        text += f"\nteacher: {', '.join(numbers)}"
+        text += f"\nteacher: {', '.join(numbers)} n={teacher['n']}"
     unread = [
         f"{arm} {', '.join(f'{n} {why}' for why, n in found.items())}" for arm, found in failures.items() if found
     ]

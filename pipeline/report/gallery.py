@@ -170,7 +170,8 @@ def cards(shown: Sequence[Shown], teacher: Maps | None, arms: Sequence[Maps]) ->
                 misses[who.name] = mark == "miss" if mark else bool(said) and said["correct"] is False
                 grades[who.name] = graded(said) if said else 0.0
             alt = f"attention of {who.name} for the word {one.row['word']}" + (f": {mark}, {note}" if mark else "")
-            answer = f"says “{_short(said['answer'] or said['raw'], 28)}”" if said else ""
+            words = _short(said["answer"] or said["raw"], 28) if said else ""
+            answer = (f"says “{words}”" if words else "says nothing") if said else ""
             pictures.append(_picture(who.name, picture, mark, note, answer, alt))
         first, last = arms[0].name, arms[-1].name
         out.append(

@@ -196,7 +196,8 @@ def _points(
         sure = not signed or entry["real"]
         panel.plot([value], [place], "o", color=tone, markersize=8, markeredgewidth=2, mfc=tone if sure else PAPER)
         text = f"{value:+.3f}".replace("-", "−") if signed else f"{value:.3f}"
-        panel.annotate(text, (value, place), (0, 7), textcoords="offset points", ha="center", va="bottom")
+        paper = {"facecolor": PAPER, "edgecolor": "none", "pad": 0.5}  # or the line at zero would cross it out
+        panel.annotate(text, (value, place), (0, 7), textcoords="offset points", ha="center", va="bottom", bbox=paper)
     panel.set_yticks(range(len(found)), [arm for arm, _, _ in found])
     panel.set_ylim(len(found) - 0.4, -0.75)
     panel.set_xlim(low - 0.06 * width, high + 0.08 * width)

@@ -52,13 +52,21 @@ def section(document: Mapping, name: str) -> str:
         parts.append(_table([f"minus {paired['reference']}", *columns], rows))
         parts.append("Bold: the interval of the paired difference excludes zero.")
     if teacher["pointing"] is not None:
+        told = {name: _with_interval(teacher, name) for name in ("pointing", "miou", "chance")}
+        count = f" (n={teacher['n']})" if "n" in teacher else ""
         parts.append(
-            f"The teacher's own maps on the same words: pointing {teacher['pointing']:.3f}, mIoU "
-            f"{teacher['miou']:.3f}; a random point would score {teacher['chance']:.3f}."
+            f"The teacher's own maps on the same words: pointing {told['pointing']}, mIoU {told['miou']}; a random "
+            f"point would score {told['chance']}{count}."
         )
     taken = ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in summary["seconds"].items())
     parts.append(f"From `{name}`, by `python -m stages.readme`. Seconds: {taken or 'not recorded'}.")
     return "\n\n".join(parts)
+
+
+def _with_interval(teacher: Mapping, name: str) -> str:
+    """A number of the teacher; results kept by an earlier version have no intervals."""
+    interval = "" if "ci95" not in teacher else " [{:.3f}, {:.3f}]".format(*teacher["ci95"][name])
+    return f"{teacher[name]:.3f}{interval}"
 
 
 def _table(heads: list[str], rows: list[list[str]]) -> str:
@@ -79,7 +87,7 @@ def _change(entry: Mapping | None) -> str:
         return "–"
     lo, hi = entry["ci95"]
     p = f"p={entry['p']:.3f}" if entry["p"] >= 0.001 else "p<0.001"
-    text = f"{entry['difference']:+.3f} [{lo:+.3f}, {hi:+.3f}], {p}"
+    text = f"{entry['difference']:+.3f} [{lo:+.3f}, {hi:+.3f}], {p}, n={entry['n']}"
     return f"**{text}**" if entry["real"] else text
 
 
