@@ -119,12 +119,12 @@ class Run:
 
         from pipeline.align.loss import AlignmentLoss
         from pipeline.archive import Archive
-        from pipeline.archive.order import Order
         from pipeline.config import compose
         from pipeline.layout import Layout
         from pipeline.student.capture import AttentionTap
         from pipeline.student.load import load_student
         from pipeline.train.data import Batches
+        from pipeline.train.order import train_plan
         from pipeline.train.targets import open_targets
         from pipeline.train.trainable import groups, trainable
         from pipeline.train.tuned import Tuned
@@ -142,11 +142,9 @@ class Run:
         self.tuned, self.optimizer = self.accelerator.prepare(tuned, optimizer)
         archive = Archive(Layout(cfg).examples_dir("train"))
         self.batches = Batches(
-            archive,
-            Order(archive.sizes, seed=cfg.seed, window=cfg.train.window),
+            train_plan(cfg, archive),
             student.family,
             open_targets("oracle", archive, None, cfg.seed),
-            batch_size=cfg.train.batch_size,
             micro_batch=cfg.train.micro_batch,
             rank=0,
             ranks=1,

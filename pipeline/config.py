@@ -141,6 +141,9 @@ def _explain(error: Exception) -> str:
     while link is not None:
         key = getattr(link, "full_key", None)
         if key:
+            if "not in struct" in str(link) and not _unknown(key):  # an entry of a dict whose keys are free
+                section, _, name = key.rpartition(".")
+                return f"{key} is not there yet: add it with +{section}.{name}=... or +{section}={{{name}: ...}}"
             return _unknown(key) or f"{key}: {_first_line(link)}"
         link = link.__cause__ or link.__context__
     quoted = re.search(r"Could not (?:override|append|find)[^']*'([^']+)'", str(error))

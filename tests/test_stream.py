@@ -13,7 +13,7 @@ from pipeline import receipts
 from pipeline.archive.order import BatchPlan, Mixture, Order
 from pipeline.archive.read import Archive
 from pipeline.archive.stage import shard
-from pipeline.archive.stream import Stream, window
+from pipeline.archive.stream import Stream, shards_within
 from pipeline.config import Config
 from pipeline.engine import EngineConfig
 from pipeline.examples import Word
@@ -171,7 +171,7 @@ def test_an_overlong_example_makes_its_own_batch():
 
 
 def test_a_mixture_keeps_its_weights_and_its_place():
-    orders = [Order([10, 10], seed=1, window=1), Order(30, seed=2)]
+    orders = [Order([10, 10], seed=1, window=1), Order([np.arange(20, 50)], seed=2)]
     mixture = Mixture(orders, [3, 1], seed=9)
     seen = mixture.indices(0, 4000)
     assert sum(index < 20 for index in seen) == 3000
@@ -192,10 +192,10 @@ def test_a_weighted_stream(cache):
     assert sorted(stream(cache, stores=2, batch_size=80).plan.batch(0)) == list(range(80))
 
 
-def test_window():
-    assert window([10, 20, 30], 60) == 3
-    assert window([10, 20, 30], 59) == 2
-    assert window([10, 20, 30], 1) == 1
+def test_shards_within():
+    assert shards_within([10, 20, 30], 60) == 3
+    assert shards_within([10, 20, 30], 59) == 2
+    assert shards_within([10, 20, 30], 1) == 1
 
 
 def test_any_position_of_a_large_set_is_found_at_once():

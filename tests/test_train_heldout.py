@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from test_train import losses, root, same, settings  # noqa: F401 (root is a fixture)
 
 from pipeline.archive import Archive
-from pipeline.archive.order import Order, Without
+from pipeline.archive.order import Order, numbered
 from pipeline.config import Config
 from pipeline.layout import Layout
 from pipeline.student.batch import IGNORED
@@ -50,13 +50,13 @@ def test_whole_images_are_drawn_whatever_lies_beside_them():
 
 def test_an_order_without_some_examples_is_that_of_an_archive_that_lacks_them():
     sizes, out = [4, 5, 3], [0, 5, 6, 11]
-    order, rest = Without(sizes, out, seed=3, window=2), Order([3, 3, 2], seed=3, window=2)
+    order, rest = Order(numbered(sizes, out), seed=3, window=2), Order([3, 3, 2], seed=3, window=2)
     kept = np.delete(np.arange(12), out)
     assert order.total == 8
     for position in range(0, 24, 5):
         assert order.indices(position, 5) == kept[rest.indices(position, 5)].tolist()
     assert sorted(order.indices(8, 8)) == kept.tolist(), "an epoch sees each of the others once"
-    plain = Without(sizes, [], seed=3, window=2)
+    plain = Order(numbered(sizes), seed=3, window=2)
     assert plain.indices(2, 30) == Order(sizes, seed=3, window=2).indices(2, 30), "as before where none is left out"
 
 

@@ -5,9 +5,12 @@ so any position is found at once, and neither workers nor ranks play a part. The
 which NumPy keeps stable between versions.
 """
 
+import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, pairwise
+from threading import Lock
 from typing import Protocol
 
 import numpy as np
@@ -21,6 +24,7 @@ class Positions(Protocol):
     """An endless order of example numbers, cut into blocks that are shuffled as a whole."""
 
     seed: int
+    total: int
 
     def indices(self, position: int, count: int) -> list[int]:
         """Numbers of the examples at `position` and the `count - 1` positions after it."""
@@ -35,17 +39,21 @@ class Order:
     """Each epoch puts the shards into a random order, takes `window` of them and shuffles their examples together.
 
     Args:
-        sizes: examples per shard in file order, or one number for a single shard.
+        shards: examples per shard in file order, or one number for a single shard; or for each shard the numbers of
+            those of its examples that are in this order.
         seed: of the order.
         window: shards that are shuffled together; 0 takes all.
     """
 
-    def __init__(self, sizes: int | Sequence[int], seed: int, window: int = 0):
-        self.sizes = [sizes] if isinstance(sizes, int) else list(sizes)
+    def __init__(self, shards: int | Sequence[int] | Sequence[np.ndarray], seed: int, window: int = 0):
+        shards = [shards] if isinstance(shards, int) else list(shards)
+        if not all(isinstance(shard, np.ndarray) for shard in shards):
+            shards = numbered(shards)
+        self.numbers = shards
+        self.sizes = list(map(len, shards))
         self.total = sum(self.sizes)
         self.seed = seed
         self.window = min(window, len(self.sizes)) or len(self.sizes)
-        self._starts = [0, *accumulate(self.sizes)]
         if self.total < 1:
             raise ValueError("an order needs at least one example")
         self._epoch = lru_cache(maxsize=4)(self._make_epoch)
@@ -88,46 +96,30 @@ class Order:
 
     def _make_block(self, epoch: int, number: int) -> np.ndarray:
         shards = self._epoch(epoch)[0][number * self.window : (number + 1) * self.window]
-        examples = np.concatenate([np.arange(self._starts[shard], self._starts[shard + 1]) for shard in shards])
+        examples = np.concatenate([self.numbers[shard] for shard in shards])
         return examples[shuffled(len(examples), self.seed, epoch, number + 1)]
 
     def __getstate__(self) -> tuple:
-        return self.sizes, self.seed, self.window
+        return self.numbers, self.seed, self.window
 
     def __setstate__(self, state: tuple) -> None:
         self.__init__(*state)
 
 
-class Without:
-    """An order over the examples of an archive but for some, as if these were not there.
+def numbered(sizes: Sequence[int], left_out: Sequence[int] = ()) -> list[np.ndarray]:
+    """Numbers of the examples of every shard but for some, for an `Order` in which these are as if not there.
 
     Args:
         sizes: examples per shard in file order.
         left_out: numbers of the examples that never come.
-        seed, window: as for `Order`.
     """
-
-    def __init__(self, sizes: Sequence[int], left_out: Sequence[int], seed: int, window: int = 0):
-        kept = np.ones(sum(sizes), bool)
-        kept[list(left_out)] = False
-        ends = list(accumulate(sizes))
-        left = [int(kept[end - size : end].sum()) for size, end in zip(sizes, ends, strict=True)]
-        self.order = Order(left, seed, window)
-        self.seed, self.total = seed, self.order.total
-        self.numbers = np.flatnonzero(kept)
-
-    def indices(self, position: int, count: int) -> list[int]:
-        """As `Order.indices`."""
-        return self.numbers[self.order.indices(position, count)].tolist()
-
-    def block(self, position: int) -> tuple[int, np.ndarray]:
-        """As `Order.block`."""
-        start, block = self.order.block(position)
-        return start, self.numbers[block]
+    kept = np.ones(sum(sizes), bool)
+    kept[list(left_out)] = False
+    return [low + np.flatnonzero(kept[low:high]) for low, high in pairwise([0, *accumulate(sizes)])]
 
 
 class Mixture:
-    """Several orders in fixed proportions; example numbers of the second begin after those of the first, and so on.
+    """Several orders in fixed proportions, each with example numbers of its own.
 
     Of every thousand positions each data set gets exactly its share (to the nearest one), in shuffled places; within
     a data set its own order goes on, so a small one with a large weight is simply seen more often.
@@ -145,7 +137,6 @@ class Mixture:
         self.orders, self.seed = list(orders), seed
         self.total = sum(order.total for order in orders)
         self.quotas = _quotas(weights)
-        self._starts = [0, *accumulate(order.total for order in orders)]
         self._round = lru_cache(maxsize=4)(self._make_round)
 
     def indices(self, position: int, count: int) -> list[int]:
@@ -168,7 +159,6 @@ class Mixture:
         for which, (order, quota) in enumerate(zip(self.orders, self.quotas, strict=True)):
             if quota:
                 examples[picks == which] = order.indices(number * quota, quota)
-                examples[picks == which] += self._starts[which]
         return examples
 
     def __getstate__(self) -> dict:
@@ -189,7 +179,7 @@ def _quotas(weights: Sequence[float]) -> list[int]:
 
 
 class BatchPlan:
-    """Global batches over an order: which examples are trained on together at a position.
+    """Global batches over an order: which examples are trained on together at a position, or at a step.
 
     Without lengths every batch has `batch_size` examples and runs on across blocks. Otherwise batches stay inside
     a block of the order: of similar length if `bucket`, and no longer than `max_tokens` in all (longest example times
@@ -211,7 +201,14 @@ class BatchPlan:
             raise ValueError("batches by length need the lengths of the examples")
         self.order, self.batch_size = order, batch_size
         self.lengths, self.bucket, self.max_tokens = lengths, bucket, max_tokens
-        self._cached: tuple[int, list[list[int]], list[int]] = (-1, [], [])
+        # Blocks walked so far: the position where each begins and the number of its first batch; the last is the next.
+        self._starts, self._firsts = [0], [0]
+        self._open()
+
+    @property
+    def even(self) -> bool:
+        """Whether all batches have `batch_size` examples."""
+        return not self.bucket and not self.max_tokens
 
     def batch(self, position: int) -> list[int]:
         """The example numbers of the batch that begins at a position; the next begins that many positions on.
@@ -219,19 +216,57 @@ class BatchPlan:
         Raises:
             ValueError: no batch begins there (with lengths, positions are those the plan itself leads to).
         """
-        if not self.bucket and not self.max_tokens:
+        if self.even:
             return self.order.indices(position, self.batch_size)
-        start, batches, starts = self._cached
-        if start < 0 or not start <= position < start + sum(map(len, batches)):
-            start, block = self.order.block(position)
-            batches = self._cut(start, block)
-            starts = [0, *accumulate(map(len, batches))][:-1]
-            self._cached = (start, batches, starts)
+        start, block = self.order.block(position)
+        batches, starts = self._cut(start, block)
         if position - start not in starts:
             raise ValueError(f"no batch begins at position {position}: were the settings of the order changed?")
         return batches[starts.index(position - start)]
 
-    def _cut(self, start: int, block: np.ndarray) -> list[list[int]]:
+    def at(self, step: int) -> list[int]:
+        """The example numbers of global batch number `step`, from 0.
+
+        With lengths the blocks before it are gone through once, because how many batches each has is not known.
+        """
+        if self.even:
+            return self.order.indices(step * self.batch_size, self.batch_size)
+        with self._lock:
+            while self._firsts[-1] <= step:
+                self._walk()
+            which = bisect_right(self._firsts, step) - 1
+            start, first = self._starts[which], self._firsts[which]
+        return self._cut(start, self.order.block(start)[1])[0][step - first]
+
+    def steps(self, examples: float) -> int:
+        """Batches that begin before the position `examples`."""
+        if self.even:
+            return math.ceil(examples / self.batch_size)
+        with self._lock:
+            while self._starts[-1] < examples:
+                self._walk()
+            which = max(bisect_left(self._starts, examples) - 1, 0)
+            start, first = self._starts[which], self._firsts[which]
+        starts = self._cut(start, self.order.block(start)[1])[1]
+        return first + sum(start + begin < examples for begin in starts)
+
+    def _walk(self) -> None:
+        start = self._starts[-1]
+        block = self.order.block(start)[1]
+        self._firsts.append(self._firsts[-1] + len(self._cut(start, block)[0]))
+        self._starts.append(start + len(block))
+
+    def _cut(self, start: int, block: np.ndarray) -> tuple[list[list[int]], list[int]]:
+        """The batches of a block and where each begins in it."""
+        with self._cutting:
+            if start not in self._kept:
+                while len(self._kept) > 2:
+                    del self._kept[next(iter(self._kept))]
+                batches = self._batches(start, block)
+                self._kept[start] = batches, [0, *accumulate(map(len, batches))][:-1]
+            return self._kept[start]
+
+    def _batches(self, start: int, block: np.ndarray) -> list[list[int]]:
         if not self.bucket:
             return self._pack(block)
         batches = []
@@ -244,17 +279,25 @@ class BatchPlan:
     def _pack(self, examples: np.ndarray) -> list[list[int]]:
         batches: list[list[int]] = [[]]
         longest = 0
-        for example in examples.tolist():
-            longest = max(longest, int(self.lengths[example]))
+        for example, length in zip(examples.tolist(), self.lengths[examples].tolist(), strict=True):
+            longest = max(longest, length)
             too_long = self.max_tokens and longest * (len(batches[-1]) + 1) > self.max_tokens
             if batches[-1] and (too_long or len(batches[-1]) == self.batch_size):
                 batches.append([])
-                longest = int(self.lengths[example])
+                longest = length
             batches[-1].append(example)
         return batches
 
+    def _open(self) -> None:
+        self._lock, self._cutting = Lock(), Lock()
+        self._kept: dict[int, tuple[list[list[int]], list[int]]] = {}
+
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_cached": (-1, [], [])}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_lock", "_cutting", "_kept")}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self._open()
 
 
 def shuffled(count: int, seed: int, first: int, second: int) -> np.ndarray:

@@ -17,6 +17,9 @@ from pipeline.archive.status import MANIFEST
 from pipeline.examples import KEPT, Example, Turn
 from pipeline.remote import stage
 
+_MEMBER = ("offset", "size", "crc")
+_COLUMNS = ["key", "ext", *(f"{member}_{name}" for member in ("image", "json") for name in _MEMBER)]
+
 
 class Archive(Sequence[Example]):
     """The examples of one split, in the order of their keys.
@@ -57,27 +60,33 @@ class Archive(Sequence[Example]):
         for number in range(len(self.shards)):
             yield from self.shard(number)
 
+    def texts(self) -> Iterator[Example]:
+        """The examples with empty bytes for their images, which are not read."""
+        for number in range(len(self.shards)):
+            shard = self.shard(number)
+            yield from map(shard.text, range(len(shard)))
+
     @property
     def keys(self) -> list[str]:
         """Keys of all examples, in order."""
-        return [key for number in range(len(self.shards)) for key in self._column(number, "key")]
+        return self.column("key") if len(self) else []
 
     @property
     def lengths(self) -> np.ndarray:
         """(N,) characters of every example, for batches of similar length."""
-        return np.concatenate([self._column(number, "chars") for number in range(len(self.shards))])
+        return self.column("chars")
 
     @property
     def images(self) -> list[str]:
         """The sha256 of every example's image, empty where it has none; from the tables alone."""
-        return [digest or "" for found in self._receipts for digest in _table_of(found)["sha256"]]
+        return [digest or "" for digest in self.column("sha256")]
 
-    def _column(self, number: int, name: str) -> np.ndarray | list:
-        """From the table alone: no tar is hashed for it."""
-        opened = self._open.get(number)
-        if opened is not None:
-            return opened.keys if name == "key" else opened.chars
-        return _table_of(self._receipts[number])[name]
+    def column(self, name: str) -> np.ndarray | list:
+        """One column of the tables, of all examples in order; no tar is hashed for it."""
+        found = [_table_of(receipt, [name])[name] for receipt in self._receipts]
+        if any(isinstance(part, list) for part in found):
+            return [value for part in found for value in part]
+        return np.concatenate(found)
 
     def shard_of(self, index: int) -> int:
         """Number of the shard that holds example `index`."""
@@ -126,12 +135,11 @@ class Shard(Sequence[Example]):
 
     def __init__(self, receipt: receipts.Receipt, hashed: bool = True):
         self.path = path = receipt.path.with_suffix(".tar")
-        table = _table_of(receipt)
+        table = _table_of(receipt, _COLUMNS)
         self.keys: list[str] = table["key"]
         self.ext: list[str] = table["ext"]
-        self.chars: np.ndarray = table["chars"]
         self._image, self._json = (
-            np.stack([table[f"{member}_{name}"].astype(np.int64) for name in ("offset", "size", "crc")], axis=1)
+            np.stack([table[f"{member}_{name}"].astype(np.int64) for name in _MEMBER], axis=1)
             for member in ("image", "json")
         )
         self._file = os.open(path, os.O_RDONLY)
@@ -143,10 +151,17 @@ class Shard(Sequence[Example]):
         return len(self.keys)
 
     def __getitem__(self, row: int) -> Example:
+        return self._example(row, self.image(row))
+
+    def text(self, row: int) -> Example:
+        """An example with empty bytes for its image, which is not read."""
+        return self._example(row, b"" if self._image[row, 0] >= 0 else None)
+
+    def _example(self, row: int, image: bytes | None) -> Example:
         document = self.document(row)
         return Example(
             key=self.keys[row],
-            image=self.image(row),
+            image=image,
             ext=self.ext[row],
             turns=tuple(Turn(turn["role"], turn["text"]) for turn in document["turns"]),
             source=document["source"],
@@ -206,13 +221,13 @@ class Shard(Sequence[Example]):
             os.close(self._file)
 
 
-def _table_of(receipt: receipts.Receipt) -> dict:
+def _table_of(receipt: receipts.Receipt, columns: Sequence[str]) -> dict:
     path = receipt.path.with_suffix(".parquet")
-    return _read_table(path, receipt.files[path.name].sha256)
+    return _read_table(path, receipt.files[path.name].sha256, columns)
 
 
-def _read_table(path: Path, sha256: str) -> dict:
-    """Columns of the kept rows; numbers as arrays."""
+def _read_table(path: Path, sha256: str, columns: Sequence[str]) -> dict:
+    """Some columns of the kept rows; numbers as arrays."""
     import pyarrow as pa
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
@@ -220,8 +235,8 @@ def _read_table(path: Path, sha256: str) -> dict:
     data = path.read_bytes()
     if receipts.hash_bytes(data) != sha256:
         raise receipts.Damaged(f"{path}: its content has changed: run the shard stage again")
-    table = pq.read_table(pa.BufferReader(data), use_threads=False)
-    table = table.filter(pc.is_in(table["status"], pa.array(KEPT)))
+    table = pq.read_table(pa.BufferReader(data), use_threads=False, columns=list({*columns, "status"}))
+    table = table.filter(pc.is_in(table["status"], pa.array(KEPT))).select(list(columns))
     return {
         name: column.to_numpy() if pa.types.is_integer(column.type) else column.to_pylist()
         for name, column in zip(table.column_names, table.columns, strict=True)

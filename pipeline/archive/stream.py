@@ -5,22 +5,17 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate
-from threading import Lock
-from typing import Protocol
+from typing import Any
 
 import numpy as np
 
-from pipeline.archive.order import BatchPlan, Mixture, Order
+from pipeline.archive.order import BatchPlan, Mixture, Order, Positions, numbered
 from pipeline.archive.read import Archive
 from pipeline.examples import Example
-from pipeline.mapstore.quality import QualityFilter
+from pipeline.mapstore.quality import Counts, FilteredMaps, Maps, QualityFilter
 from pipeline.mapstore.schema import ExampleMaps
 
-
-class Maps(Protocol):
-    """What the stream needs of a map store."""
-
-    def get(self, key: str) -> ExampleMaps | None: ...
+_NO_WORDS = np.zeros(0, bool)
 
 
 @dataclass(frozen=True)
@@ -48,31 +43,14 @@ class Batch:
     samples: list[Sample]
 
 
-@dataclass
-class Counts:
-    """What has been served so far."""
-
-    examples: int = 0
-    without_maps: int = 0
-    words: int = 0
-    unusable: int = 0
-
-    @property
-    def unusable_share(self) -> float:
-        """Share of the words that have no map or whose map the quality filter leaves out."""
-        return self.unusable / max(self.words, 1)
-
-
 class Stream:
     """Global batches from one or more archives, a pure function of (seed, position).
 
     Args:
         archives: the examples; numbers run through all of them.
         maps: the map store of each archive, or None where there is none.
-        window_bytes: shards are shuffled together as far as their bytes fit (tars and decoded maps), at least one.
-        weights: share of each archive in the stream; without them each example comes once in an epoch.
-        lengths, bucket, max_tokens: see `BatchPlan`; lengths default to the characters of each example.
         quality: leaves out words with poor maps.
+        order: as for `open_plan`.
     """
 
     def __init__(
@@ -80,33 +58,21 @@ class Stream:
         archives: Sequence[Archive],
         maps: Sequence[Maps | None],
         *,
-        seed: int,
-        batch_size: int,
-        window_bytes: int = 1 << 30,
-        weights: Sequence[float] | None = None,
-        lengths: np.ndarray | None = None,
-        bucket: bool = False,
-        max_tokens: int = 0,
         quality: QualityFilter | None = None,
+        **order: Any,
     ):
         if len(archives) != len(maps) or not archives:
             raise ValueError("a stream needs one map store or None for each archive")
-        self.archives, self.maps = list(archives), list(maps)
-        self.quality = quality or QualityFilter()
+        self.archives = list(archives)
         self.counts = Counts()
+        self.maps = [None if store is None else FilteredMaps(store, quality, self.counts) for store in maps]
+        self.plan = open_plan(archives, **order)
         self._ends = list(accumulate(map(len, self.archives)))
-        if weights is None:
-            sizes = [size for archive in archives for size in archive.sizes]
-            order = Order(sizes, seed, window([size for archive in archives for size in archive.bytes], window_bytes))
-        else:
-            part = window_bytes // len(archives)
-            orders = [Order(archive.sizes, seed, window(archive.bytes, part)) for archive in archives]
-            order = Mixture(orders, weights, seed)
-        if lengths is None and (bucket or max_tokens):
-            lengths = np.concatenate([archive.lengths for archive in archives])
-        self.plan = BatchPlan(order, batch_size, lengths, bucket, max_tokens)
-        self.order = order
-        self._lock = Lock()
+
+    @property
+    def order(self) -> Positions:
+        """The order that batches are cut from."""
+        return self.plan.order
 
     def __len__(self) -> int:
         """Examples of one epoch."""
@@ -114,16 +80,12 @@ class Stream:
 
     def __getitem__(self, index: int) -> Sample:
         which = bisect_right(self._ends, index)
-        example = self.archives[which][index - (self._ends[which] - len(self.archives[which]))]
+        example = self.archives[which][index - self._ends[which - 1] if which else index]
         store = self.maps[which]
-        maps = store.get(example.key) if store is not None else None
-        usable_W = self.quality.usable(maps) if maps is not None else np.zeros(0, bool)
-        with self._lock:
-            self.counts.examples += 1
-            self.counts.without_maps += maps is None or not len(maps.words)
-            self.counts.words += len(usable_W)
-            self.counts.unusable += int((~usable_W).sum())
-        return Sample(index, example, maps, usable_W)
+        if store is None:
+            self.counts.add(_NO_WORDS)
+            return Sample(index, example, None, _NO_WORDS)
+        return Sample(index, example, *store.get(example.key))
 
     def batch(self, position: int, rank: int = 0, ranks: int = 1) -> Batch:
         """This rank's contiguous part of the global batch at a position."""
@@ -152,15 +114,52 @@ class Stream:
                 for future in queue:
                     future.cancel()
 
-    def __getstate__(self) -> dict:
-        return {name: value for name, value in self.__dict__.items() if name != "_lock"}
 
-    def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state)
-        self._lock = Lock()
+def open_plan(
+    archives: Sequence[Archive],
+    *,
+    seed: int,
+    batch_size: int,
+    window_bytes: int = 1 << 30,
+    window: int = 0,
+    left_out: Sequence[int] = (),
+    weights: Sequence[float] | None = None,
+    parts: np.ndarray | None = None,
+    lengths: np.ndarray | None = None,
+    bucket: bool = False,
+    max_tokens: int = 0,
+) -> BatchPlan:
+    """The global batches of one or more archives, whose example numbers run through all of them.
+
+    Args:
+        window_bytes: shards are shuffled together as far as their bytes fit (tars and decoded maps), at least one.
+        window: no more shards than this are shuffled together; 0 leaves it to their bytes.
+        left_out: numbers of examples that never come.
+        weights: share of each archive, or of each part, in all batches; without them each example comes once in an
+            epoch.
+        parts: (N,) the number of the part that each example belongs to; those of no part (-1) never come.
+        lengths, bucket, max_tokens: see `BatchPlan`; lengths default to the characters of each example.
+    """
+    numbers = numbered([size for archive in archives for size in archive.sizes], left_out)
+    shard_bytes = [size for archive in archives for size in archive.bytes]
+    order: Positions
+    if weights is None:
+        order = Order(numbers, seed, _narrower(window, shards_within(shard_bytes, window_bytes)))
+    else:
+        parts = np.repeat(np.arange(len(archives)), list(map(len, archives))) if parts is None else parts
+        orders = []
+        for part in range(len(weights)):
+            own = [shard[parts[shard] == part] for shard in numbers]
+            held = [which for which, shard in enumerate(own) if len(shard)]
+            within = shards_within([shard_bytes[which] for which in held], window_bytes // len(weights))
+            orders.append(Order([own[which] for which in held], seed, _narrower(window, within)))
+        order = Mixture(orders, weights, seed)
+    if lengths is None and (bucket or max_tokens):
+        lengths = np.concatenate([archive.lengths for archive in archives])
+    return BatchPlan(order, batch_size, lengths, bucket, max_tokens)
 
 
-def window(shard_bytes: Sequence[int], limit: int) -> int:
+def shards_within(shard_bytes: Sequence[int], limit: int) -> int:
     """How many shards fit into `limit` bytes at once, whichever they are; at least one."""
     total = 0
     for number, size in enumerate(sorted(shard_bytes, reverse=True)):
@@ -168,3 +167,7 @@ def window(shard_bytes: Sequence[int], limit: int) -> int:
         if total > limit:
             return max(number, 1)
     return len(shard_bytes)
+
+
+def _narrower(window: int, within: int) -> int:
+    return min(window, within) if window else within

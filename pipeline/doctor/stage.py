@@ -175,9 +175,11 @@ def _sample(cfg: Config, student: Student, archive: Archive, report: Report) -> 
     """Examples spread over the archive, encoded: labels, words, start tokens and their maps."""
     from pipeline.student.batch import IGNORED, EncodeError
     from pipeline.train.stage import _maps as open_maps
+    from pipeline.train.stage import quality
     from pipeline.train.targets import open_targets
 
-    targets = open_targets(cfg.arm.targets, archive, open_maps(cfg), cfg.seed) if cfg.arm.lam > 0 else None
+    aligned = cfg.arm.lam > 0
+    targets = open_targets(cfg.arm.targets, archive, open_maps(cfg), cfg.seed, quality(cfg)) if aligned else None
     items, refused, words, mapped, first = [], [], 0, 0, None
     count = min(SAMPLES, len(archive))
     for index in (n * len(archive) // count for n in range(count)):

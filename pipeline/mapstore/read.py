@@ -9,14 +9,12 @@ The files are plain Zarr v3 (sharding, Blosc, CRC-32C, vlen-utf8) and any Zarr l
 import json
 import os
 from collections import OrderedDict
-from functools import partial
 from pathlib import Path
 from threading import Lock
 
 import numpy as np
 
 from pipeline import receipts
-from pipeline.examples import Word
 from pipeline.mapstore import chunks
 from pipeline.mapstore.schema import (
     ATTRIBUTE,
@@ -25,6 +23,7 @@ from pipeline.mapstore.schema import (
     SCHEMA,
     SIDE,
     ExampleMaps,
+    Spans,
     decode_chunk,
     salted_digest,
     stored_width,
@@ -37,7 +36,6 @@ MANIFEST = "manifest.json"
 _SMALL = {"range": "<f4", "status": "u1", "turn": "<i4", "start": "<i4", "end": "<i4", "offsets": "<i8"}
 _CACHED_CHUNKS = 16
 _FEW = 2  # chunks that are read by hand
-_as_word = partial(tuple.__new__, Word)  # what Word._make does, three times as fast
 
 
 class MapStore:
@@ -193,8 +191,7 @@ class Group:
 
     def _example(self, row: int, maps_WHW: np.ndarray) -> ExampleMaps:
         span = slice(int(self.offsets[row]), int(self.offsets[row + 1]))
-        words = list(map(_as_word, self._spans[span].tolist()))
-        return ExampleMaps(self.keys[row], words, maps_WHW, self.range[span], self.status[span])
+        return ExampleMaps(self.keys[row], Spans(self._spans[span]), maps_WHW, self.range[span], self.status[span])
 
     def _key_at(self, position: int) -> str:
         """Key of the example that the first map of a chunk belongs to."""

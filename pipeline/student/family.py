@@ -137,6 +137,18 @@ class Family:
         ids = torch.tensor(tokens.ids[:length])
         return Item(example.key, ids, torch.tensor(labels), words, ranges, image, pieces, meta)
 
+    def length(self, example: "Example", size: tuple[int, int] | None) -> int:
+        """Tokens of what `encode_one` makes, known without a look at the image.
+
+        Args:
+            size: width and height of the upright image; None without one.
+
+        Raises:
+            EncodeError: this student cannot take the example's text.
+        """
+        _, tokens, _ = self._prepare_text(example, example.turns, generate=False)
+        return min(len(tokens.ids), self.max_length)
+
     def encode(self, examples: Sequence["Example"], train: bool = True) -> StudentBatch:
         """A batch of examples: `encode_one` and `collate`."""
         return self.collate([self.encode_one(example) for example in examples], train=train)

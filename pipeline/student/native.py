@@ -94,6 +94,7 @@ class Native(Family):
         if getattr(text, "attn_logit_softcapping", None):
             raise UserError(f"{kind} with capped attention scores cannot be tapped: no fused kernel computes them")
         self.layout = LAYOUTS[kind](model.config, self.processor.image_processor, self.tokenizer)
+        self._image_texts: dict[tuple[int, int], tuple[str, str]] = {}
         blank = self._joined([self.layout(_blank()).tensors])
         inner = _inner(model)
         if "logits_to_keep" not in inspect.signature(model.forward).parameters:
@@ -122,9 +123,7 @@ class Native(Family):
         if example.image is None:
             return rendered, chat.tokenize(self.tokenizer, rendered), lambda length: ({}, [], {})
         laid = self.layout(self._decode(example))
-        following = rendered.text.partition(self.layout.marker)[2][:1]
-        gap = laid.gap if following not in ("", "<") and not following.isspace() else ""
-        rendered = rendered.replace(self.layout.marker, laid.text + gap)
+        rendered = self._with_image(rendered, laid.text, laid.gap)
         tokens = chat.tokenize(self.tokenizer, rendered)
         at = np.flatnonzero(np.asarray(tokens.ids) == self.layout.image_id)
         wanted = laid.text.count(self.layout.token)
@@ -137,6 +136,20 @@ class Native(Family):
             return laid.tensors, [_placed(piece, at) for piece in laid.pieces], {}
 
         return rendered, tokens, image
+
+    def length(self, example: "Example", size: tuple[int, int] | None) -> int:
+        rendered = self._render(example.turns, size is not None, generate=False)
+        if size is not None:
+            if size not in self._image_texts:  # how many tokens an image has depends on its size alone
+                laid = self.layout(_blank(size))
+                self._image_texts[size] = laid.text, laid.gap
+            rendered = self._with_image(rendered, *self._image_texts[size])
+        return min(len(chat.tokenize(self.tokenizer, rendered).ids), self.max_length)
+
+    def _with_image(self, rendered: chat.Chat, text: str, gap: str) -> chat.Chat:
+        following = rendered.text.partition(self.layout.marker)[2][:1]
+        gap = gap if following not in ("", "<") and not following.isspace() else ""
+        return rendered.replace(self.layout.marker, text + gap)
 
     def collate(self, items: Sequence[Item], train: bool = True) -> StudentBatch:
         batch = super().collate(items, train)
@@ -165,10 +178,10 @@ def _where(options: dict) -> dict:
     return {name: options[name] for name in ("revision", "local_files_only", "trust_remote_code") if name in options}
 
 
-def _blank() -> "Image":
+def _blank(size: tuple[int, int] = (64, 64)) -> "Image":
     from PIL import Image
 
-    return Image.new("RGB", (64, 64))
+    return Image.new("RGB", size)
 
 
 def _note_logits_to_keep(inner: nn.Module, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:

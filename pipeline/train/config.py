@@ -1,5 +1,6 @@
 """Settings of the train stage."""
 
+import math
 from dataclasses import dataclass, field
 
 
@@ -27,6 +28,20 @@ class Unfreeze:
 
     step: int = 0
     pattern: str = ""
+
+
+@dataclass
+class Quality:
+    """Which of a teacher's maps are worth aligning to; the defaults keep all.
+
+    Args:
+        min_peak: least share of a map's attention in its strongest cell, in units of the even share: 1 is a flat map,
+            1024 all in one cell.
+        max_entropy: largest entropy of a map, as a share of that of a flat one (1).
+    """
+
+    min_peak: float = 0.0
+    max_entropy: float = 1.0
 
 
 @dataclass
@@ -70,6 +85,14 @@ class TrainConfig:
             held-out examples.
         trackers: what shows the numbers besides `metrics.jsonl`: some of `tensorboard`, `wandb` and `trackio`.
         window: shards that are shuffled together; 0 takes all.
+        window_mb: of them, no more than fit into so many MiB with their decoded maps (but one at least).
+        weights: share of each part of a mixture (``data.parts``) in what is trained on, by name
+            (``+train.weights={a: 1, b: 2}``); all parts must be named, and 0 leaves one out. Without them each example
+            comes once an epoch.
+        bucket: batches of examples of similar length, in shuffled order.
+        max_tokens: of a global batch, padding included: the longest example times their number; 0 sets no limit. An
+            example that is longer makes a batch of its own.
+        quality: words whose maps say too little are not aligned.
         workers: processes or threads that prepare batches; 0 prepares them in the loop.
         max_steps_per_call: stop after so many steps and leave a checkpoint (0: run to the end); for preemptible jobs.
     """
@@ -114,10 +137,21 @@ class TrainConfig:
     log_every: int = 10
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
     window: int = 4
+    window_mb: int = 1024
+    weights: dict[str, float] = field(default_factory=dict)
+    bucket: bool = False
+    max_tokens: int = 0
+    quality: Quality = field(default_factory=Quality)
     workers: int = 1
     max_steps_per_call: int = 0
 
+    @property
+    def by_length(self) -> bool:
+        """Whether the lengths of examples decide which are trained on together."""
+        return self.bucket or self.max_tokens > 0
+
     def __post_init__(self) -> None:
+        self._check_order()
         if self.method not in ("lora", "full"):
             raise ValueError(f"train.method={self.method}: choose lora or full")
         if self.export not in ("adapter", "merged"):
@@ -157,3 +191,18 @@ class TrainConfig:
         for name in ("batch_size", "micro_batch", "checkpoint_every", "keep_checkpoints", "log_every", "logits_mb"):
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name}={getattr(self, name)}: must be at least 1")
+
+    def _check_order(self) -> None:
+        if self.window < 0 or self.window_mb < 1:
+            raise ValueError("train.window must be 0 (all shards) or more and train.window_mb 1 or more")
+        if self.max_tokens < 0:
+            raise ValueError(f"train.max_tokens={self.max_tokens}: give tokens, or 0 for no limit")
+        bad = [name for name, weight in self.weights.items() if not 0 <= weight < math.inf]
+        if bad:
+            raise ValueError(f"train.weights.{bad[0]}={self.weights[bad[0]]:g}: give 0 (leaves it out) or more")
+        if self.weights and not any(self.weights.values()):
+            raise ValueError("train.weights: all of them are 0, nothing would be trained on")
+        if not 0 <= self.quality.min_peak <= 1024:
+            raise ValueError(f"train.quality.min_peak={self.quality.min_peak:g}: give 0 (keeps all) to 1024")
+        if not 0 < self.quality.max_entropy <= 1:
+            raise ValueError(f"train.quality.max_entropy={self.quality.max_entropy:g}: give up to 1 (keeps all)")

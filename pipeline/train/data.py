@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -19,10 +19,8 @@ from pipeline.student.batch import IGNORED, EncodeError, StudentBatch
 
 if TYPE_CHECKING:
     from pipeline.archive import Archive
-    from pipeline.archive.order import Order, Without
     from pipeline.student.batch import Item
     from pipeline.student.family import Family
-    from pipeline.train.heldout import Fixed
     from pipeline.train.targets import Targets
 
 CACHE_BYTES = 512 << 20  # of encoded examples; a small data set is then encoded once, not once an epoch
@@ -36,14 +34,23 @@ class Share:
     skipped: int
 
 
+class Plan(Protocol):
+    """Which examples make up each global batch: a `BatchPlan`, or a list that ends."""
+
+    batch_size: int
+
+    def at(self, step: int) -> list[int]:
+        """Numbers of the examples of a global batch."""
+        ...
+
+
 class Batches:
     """The global batches of a run as a pure function of the step.
 
     Args:
-        archive, order: the examples and the order they are seen in.
+        archive, plan: the examples, and which of them make up each global batch.
         family: encodes and collates.
         targets: maps for the words, or None for an arm without alignment.
-        batch_size: examples per global batch.
         micro_batch: examples per forward pass.
         rank, ranks: this process and how many there are; each takes a contiguous part of every global batch.
         skipped_file: where examples that the student cannot take are written, one JSON line each with the reason.
@@ -54,11 +61,10 @@ class Batches:
     def __init__(
         self,
         archive: Archive,
-        order: Order | Without | Fixed,
+        plan: Plan,
         family: Family,
         targets: Targets | None,
         *,
-        batch_size: int,
         micro_batch: int,
         rank: int,
         ranks: int,
@@ -66,11 +72,11 @@ class Batches:
         max_failed: float,
         cache_bytes: int = CACHE_BYTES,
     ):
-        if batch_size % ranks:
-            raise UserError(f"train.batch_size={batch_size} does not divide over {ranks} processes: choose a multiple")
-        self.archive, self.order, self.family, self.targets = archive, order, family, targets
-        self.batch_size, self.micro_batch = batch_size, micro_batch
-        self.rank, self.ranks, self.share = rank, ranks, batch_size // ranks
+        size = plan.batch_size
+        if size % ranks:
+            raise UserError(f"train.batch_size={size} does not divide over {ranks} processes: choose a multiple")
+        self.archive, self.plan, self.family, self.targets = archive, plan, family, targets
+        self.micro_batch, self.rank, self.ranks = micro_batch, rank, ranks
         self.skipped_file, self.limit = skipped_file, max_failed * len(archive)
         self.refused: dict[int, str] = {}
         self.cache: OrderedDict[int, tuple[Item, torch.Tensor, torch.Tensor]] = OrderedDict()
@@ -78,14 +84,16 @@ class Batches:
 
     def at(self, step: int) -> Share:
         """The micro-batches of this process in global batch number ``step`` (from 0)."""
-        first = step * self.batch_size + self.rank * self.share
-        rows = [self._row(index) for index in self.order.indices(first, self.share)]
+        whole = self.plan.at(step)
+        first, last = len(whole) * self.rank // self.ranks, len(whole) * (self.rank + 1) // self.ranks
+        rows = [self._row(index) for index in whole[first:last]]
         kept = [row for row in rows if row is not None]
         parts = [kept[i : i + self.micro_batch] for i in range(0, len(kept), self.micro_batch)]
         batches = [self._collate(part) for part in parts]
-        # Where examples were left out, a process may have fewer batches than the others, and they would wait for it;
-        # and without any, one process does what several do.
-        wanted = -(-self.share // self.micro_batch) if self.ranks > 1 else 1
+        # Where examples were left out or do not divide evenly, a process may have fewer batches than the others, and
+        # they would wait for it; and without any, one process does what several do.
+        most = -(-len(whole) // self.ranks)
+        wanted = -(-most // self.micro_batch) if self.ranks > 1 else 1
         missing = max(wanted - len(batches), 0)
         return Share(batches + [self._nothing()] * missing, len(rows) - len(kept))
 

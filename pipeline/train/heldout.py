@@ -51,13 +51,14 @@ def drawn(archive: Archive, count: int) -> list[int]:
 
 
 class Fixed:
-    """An order that ends: these examples, once."""
+    """Batches that end: these examples, once."""
 
-    def __init__(self, numbers: Sequence[int]):
-        self.numbers = list(numbers)
+    def __init__(self, numbers: Sequence[int], batch_size: int):
+        self.numbers, self.batch_size = list(numbers), batch_size
 
-    def indices(self, position: int, count: int) -> list[int]:
-        return self.numbers[position : position + count]
+    def at(self, step: int) -> list[int]:
+        """As `BatchPlan.at`."""
+        return self.numbers[step * self.batch_size : (step + 1) * self.batch_size]
 
 
 class HeldOut:
@@ -65,7 +66,7 @@ class HeldOut:
 
     Args:
         accelerator: of the run.
-        batches: the held-out examples in global batches, over an order that ends (`Fixed`), with targets for their
+        batches: the held-out examples in global batches, that end (`Fixed`), with targets for their
             words. All processes have as many batches.
         every: steps between evaluations; 0 for never.
         lam: the arm's lambda.
@@ -86,7 +87,7 @@ class HeldOut:
     ):
         self.accelerator, self.batches, self.every, self.lam = accelerator, batches, every, lam
         self.pictures, self.show, self.workers = pictures, show, workers
-        self.examples = len(batches.order.numbers)
+        self.examples = len(batches.plan.numbers)
 
     def due(self, done: int, steps: int) -> bool:
         """Whether the weights after so many of the run's steps are evaluated."""
@@ -116,7 +117,7 @@ class HeldOut:
         device = self.accelerator.device
         tap = self.accelerator.unwrap_model(tuned).tap
         sums = torch.zeros(7, dtype=torch.float64, device=device)
-        rounds = -(-self.examples // self.batches.batch_size)
+        rounds = -(-self.examples // self.batches.plan.batch_size)
         for share in self.batches.stream(0, rounds, self.workers):
             for batch in share.batches:
                 batch = batch.to(device)

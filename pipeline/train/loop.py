@@ -132,7 +132,9 @@ def train_loop(
                 line = running.line(done, language, weight, rate, float(norm), finite.skipped, clock.take())
                 measured = speed.take(running.seconds())
                 if accelerator.is_main_process and line:
-                    metrics.add(line | {"words_per_example": line["words"] / cfg.batch_size} | measured)
+                    # Batches by length have no number of examples to divide by.
+                    share = {} if cfg.by_length else {"words_per_example": line["words"] / cfg.batch_size}
+                    metrics.add(line | share | measured)
                 progress.advance(running.take(), note=note(line))
             loss = evaluated(done)
             if done % cfg.checkpoint_every == 0 or done == stop or ending:

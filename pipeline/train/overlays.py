@@ -69,7 +69,7 @@ class Overlays:
     ):
         self.folder, self.device, self.main, self.show = run / FOLDER, device, main, show
         self.shown: list[Shown] = []
-        for number in batches.order.numbers:
+        for number in batches.plan.numbers:
             if len(self.shown) == count:
                 break
             one = _chosen(batches, number)

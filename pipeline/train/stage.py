@@ -17,12 +17,14 @@ from pipeline.student.weights import model_path
 from pipeline.train import status
 
 if TYPE_CHECKING:
+    import numpy as np
     from accelerate import Accelerator
     from PIL import Image
     from torch import nn
 
     from pipeline.archive import Archive
     from pipeline.config import Config
+    from pipeline.mapstore.quality import QualityFilter
     from pipeline.student.family import Family
     from pipeline.train.heldout import HeldOut
     from pipeline.train.metrics import Metrics
@@ -46,14 +48,18 @@ def train(cfg: Config) -> None:
         return
     from pipeline.archive import Archive
     from pipeline.train.heldout import left_out
+    from pipeline.train.order import check_weights
 
+    check_weights(cfg)
     archive = Archive(Layout(cfg).examples_dir(cfg.train.split))
     kept = left_out(cfg, archive)
     examples = len(archive) - len(kept)
+    # How many batches by length there are is not known before the student is.
     steps = cfg.train.steps or math.ceil(cfg.train.epochs * examples / cfg.train.batch_size)
+    about = "at least " if cfg.train.by_length and not cfg.train.steps else ""
     say, more = print if is_main() else lambda *_, **__: None, f" ({len(kept)} more held out)" if kept else ""
     say(
-        f"{label}: {examples} examples{more}, {steps} steps of {cfg.train.batch_size}, {cfg.train.method}, "
+        f"{label}: {examples} examples{more}, {about}{steps} steps of {cfg.train.batch_size}, {cfg.train.method}, "
         f"lambda {cfg.arm.lam:g}" + (f" towards {cfg.arm.targets}" if cfg.arm.lam else ""),
         flush=True,
     )
@@ -62,14 +68,13 @@ def train(cfg: Config) -> None:
     with receipts.hold(run) if is_main() else nullcontext():
         if is_main() and cfg.overwrite and (run / status.RECEIPT).is_file():
             (run / status.RECEIPT).unlink()
-        _train(cfg, run, archive, kept, steps, label)
+        _train(cfg, run, archive, kept, label)
 
 
-def _train(cfg: Config, run: Path, archive: Archive, left_out: list[int], steps: int, label: str) -> None:
+def _train(cfg: Config, run: Path, archive: Archive, left_out: list[int], label: str) -> None:
     import torch
 
     from pipeline.align.loss import AlignmentLoss
-    from pipeline.archive.order import Without
     from pipeline.progress import Progress
     from pipeline.student.capture import AttentionTap
     from pipeline.student.load import load_student
@@ -80,6 +85,7 @@ def _train(cfg: Config, run: Path, archive: Archive, left_out: list[int], steps:
     from pipeline.train.loop import train_loop
     from pipeline.train.metrics import FILE, Metrics, read
     from pipeline.train.metrics import heldout as held_out_lines
+    from pipeline.train.order import count_steps, train_plan
     from pipeline.train.preempt import Preemption
     from pipeline.train.targets import open_targets
     from pipeline.train.trainable import groups, quantization, trainable
@@ -100,6 +106,8 @@ def _train(cfg: Config, run: Path, archive: Archive, left_out: list[int], steps:
         weight_decay=cfg.train.weight_decay,
         fused=True,
     )
+    plan = train_plan(cfg, archive, left_out, _lengths(cfg, run, archive, student.family, accelerator))
+    steps = count_steps(cfg, plan)
     settings = status.settings(cfg) | {"inputs": status.inputs(cfg), "steps": steps}
     for late in ("export", "choose", "evaluate_every", "checkpoint_every"):  # decide nothing before the end
         settings["train"].pop(late, None)
@@ -114,17 +122,17 @@ def _train(cfg: Config, run: Path, archive: Archive, left_out: list[int], steps:
         if position.path:
             print(f"{label}: going on from step {start}", flush=True)
 
-    targets = open_targets(cfg.arm.targets, archive, _maps(cfg), cfg.seed) if cfg.arm.lam > 0 else None
+    aligned = cfg.arm.lam > 0
+    targets = open_targets(cfg.arm.targets, archive, _maps(cfg), cfg.seed, quality(cfg)) if aligned else None
     if accelerator.is_main_process:
         for name in (SKIPPED, SKIPPED_HELD_OUT):
             (run / name).unlink(missing_ok=True)
     accelerator.wait_for_everyone()
     batches = Batches(
         archive,
-        Without(archive.sizes, left_out, seed=cfg.seed, window=cfg.train.window),
+        plan,
         student.family,
         targets,
-        batch_size=cfg.train.batch_size,
         micro_batch=cfg.train.micro_batch,
         rank=accelerator.process_index,
         ranks=accelerator.num_processes,
@@ -187,9 +195,10 @@ def _train(cfg: Config, run: Path, archive: Archive, left_out: list[int], steps:
         lambda path: _reload(cfg, path),
         accelerator.is_main_process,
     )
+    maps = _map_counts(targets, accelerator)
     if not accelerator.is_main_process:
         return
-    files, examples = exported.files, batches.order.total
+    files, examples = exported.files, plan.order.total
     card.write(files[0], cfg, examples, steps, read(run), held_out_lines(run), exported.difference)
     receipts.write(
         run / status.RECEIPT,
@@ -198,12 +207,16 @@ def _train(cfg: Config, run: Path, archive: Archive, left_out: list[int], steps:
         inputs=status.inputs(cfg),
         files=[*files, run / FILE],
         counts={"examples": examples, "steps": steps, "skipped": len(batches.refused)}
+        | maps
         | ({"held_out": len(left_out)} if left_out else {})
         | ({"chosen": chosen.step} if cfg.train.choose == "best" else {})
         | {"reloaded_difference": exported.difference, "tolerance": exported.tolerance},
         seconds=time.monotonic() - started,
     )
-    print(f"{label}: {examples} examples, {len(batches.refused)} skipped, {steps} steps -> {files[0]}", flush=True)
+    print(
+        f"{label}: {examples} examples, {len(batches.refused)} skipped, {_said(maps)}{steps} steps -> {files[0]}",
+        flush=True,
+    )
 
 
 def _held_out(
@@ -242,10 +255,9 @@ def _held_out(
         print(f"{label}: {why}", flush=True)
     batches = Batches(
         archive,
-        Fixed(numbers),
+        Fixed(numbers, train.micro_batch * accelerator.num_processes),
         family,
         targets,
-        batch_size=train.micro_batch * accelerator.num_processes,
         micro_batch=train.micro_batch,
         rank=accelerator.process_index,
         ranks=accelerator.num_processes,
@@ -274,11 +286,11 @@ def _held_out_targets(cfg: Config, archive: Archive) -> tuple[Targets, str]:
         return open_targets(kind, archive, None, cfg.seed), ""
     folder = Layout(cfg).maps_split_dir(split)
     if not (folder / "manifest.json").is_file():
-        return unknown, (
+        return unknown(), (
             f"held-out examples are evaluated without maps, for {folder} has none "
             f"(teacher.splits=[{','.join([*cfg.teacher.splits, split])}] at precompute makes them)"
         )
-    return open_targets(kind, archive, MapStore(folder), cfg.seed), ""
+    return open_targets(kind, archive, MapStore(folder), cfg.seed, quality(cfg)), ""
 
 
 def is_main() -> bool:
@@ -291,7 +303,53 @@ def _maps(cfg: Config):
         return None
     from pipeline.mapstore import MapStore
 
-    return MapStore(Layout(cfg).maps_split_dir(cfg.train.split))
+    # Each shard is decoded once while it is in the window; the other images' maps of `shuffled` come from anywhere.
+    cache = cfg.train.window_mb << 20 if cfg.arm.targets == "teacher" else 0
+    return MapStore(Layout(cfg).maps_split_dir(cfg.train.split), cache_bytes=cache)
+
+
+def quality(cfg: Config) -> QualityFilter:
+    """Which of the teacher's maps are aligned to."""
+    from pipeline.mapstore.quality import QualityFilter
+
+    return QualityFilter(cfg.train.quality.min_peak, cfg.train.quality.max_entropy)
+
+
+def _lengths(cfg: Config, run: Path, archive: Archive, family: Family, accelerator: Accelerator) -> np.ndarray | None:
+    """Tokens of every example, if they decide what is trained on together; measured once a run."""
+    if not cfg.train.by_length:
+        return None
+    import numpy as np
+
+    from pipeline.train.order import measure_lengths
+
+    file = run / "lengths.npy"
+    if accelerator.is_main_process:
+        inputs = {name: digest for name, digest in status.inputs(cfg).items() if name in ("examples", "student")}
+        measure_lengths(archive, family, file, {"max_length": cfg.model.max_length}, inputs)
+    accelerator.wait_for_everyone()
+    return np.load(file)
+
+
+def _map_counts(targets: Targets | None, accelerator: Accelerator) -> dict[str, int]:
+    """What all processes read of the maps; an example that was read again in another epoch counts again."""
+    import torch
+
+    if targets is None or targets.counts is None:
+        return {}
+    counts = targets.counts
+    own = [counts.examples, counts.without_maps, counts.words, counts.unusable]
+    found = accelerator.reduce(torch.tensor(own, device=accelerator.device), "sum").tolist()
+    return dict(zip(("maps_read", "without_maps", "words_read", "words_unusable"), found, strict=True))
+
+
+def _said(maps: dict[str, int]) -> str:
+    """The counts of maps in words, where they say anything."""
+    text = f"{maps['without_maps']} without maps, " if maps.get("without_maps") else ""
+    if maps.get("words_unusable"):
+        share = maps["words_unusable"] / maps["words_read"]
+        text += f"{share:.1%} of {maps['words_read']} words without a usable map, "
+    return text
 
 
 def _base(cfg: Config) -> str:

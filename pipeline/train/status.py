@@ -35,6 +35,7 @@ RUNTIME = (
 
 # Settings that came later: at their defaults they do not count, so that runs from before stay good.
 LATER = ("logits_mb", "on_nonfinite", "unfreeze", "quantize", "compile", "held_out", "held_out_split", "choose")
+LATER += ("window_mb", "weights", "bucket", "max_tokens")
 
 
 def uses_maps(cfg: Config) -> bool:
@@ -55,6 +56,8 @@ def settings(cfg: Config) -> dict:
     for key in LATER:
         if train[key] == default[key]:
             del train[key]
+    if not uses_maps(cfg) or train["quality"] == default["quality"]:
+        del train["quality"]
     if train["lora"]["vision"] is None:
         del train["lora"]["vision"]
     # Where the parts are is not in it: what they hold is among the inputs.

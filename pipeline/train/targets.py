@@ -2,30 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from pipeline.examples import Word
+from pipeline.mapstore.quality import Counts, FilteredMaps
 from pipeline.regions import region_mask
 
 if TYPE_CHECKING:
     from pipeline.archive import Archive
     from pipeline.examples import Example
     from pipeline.mapstore import ExampleMaps, MapStore
+    from pipeline.mapstore.quality import QualityFilter
 
 SIDE = 32
 
 
 class Targets(Protocol):
-    """Maps of some words of one example."""
+    """Maps of some words of one example.
+
+    ``counts`` says how many maps were read from a store; None where there is none.
+    """
+
+    counts: Counts | None
 
     def __call__(self, index: int, example: Example, words: list[Word]) -> tuple[np.ndarray, np.ndarray]:
         """Maps (W, 32, 32) float32 in [0, 1] and valid (W,) bool, for the example at ``index`` of the archive."""
         ...
 
 
-def open_targets(kind: str, archive: Archive, maps: MapStore | None, seed: int) -> Targets:
+def open_targets(
+    kind: str, archive: Archive, maps: MapStore | None, seed: int, quality: QualityFilter | None = None
+) -> Targets:
     """The targets of an arm.
 
     Args:
@@ -33,13 +43,25 @@ def open_targets(kind: str, archive: Archive, maps: MapStore | None, seed: int) 
         archive: the examples that are trained on.
         maps: the teacher's maps of the same examples; not needed for ``centre`` and ``oracle``.
         seed: decides which other image ``shuffled`` takes.
+        quality: of the teacher's maps, those that it leaves out are not aligned to.
     """
-    if kind == "centre":
-        return _centre
-    if kind == "oracle":
-        return _oracle
+    if kind in ("centre", "oracle"):
+        return WithoutStore(_centre if kind == "centre" else _oracle)
     assert maps is not None, f"targets '{kind}' read the map store"
-    return FromTeacher(maps) if kind == "teacher" else Shuffled(maps, archive.keys, seed)
+    filtered = FilteredMaps(maps, quality)
+    return FromTeacher(filtered) if kind == "teacher" else Shuffled(filtered, archive.keys, seed)
+
+
+class WithoutStore:
+    """Targets that are a function of the example alone."""
+
+    counts = None
+
+    def __init__(self, made: Callable[[Example, list[Word]], tuple[np.ndarray, np.ndarray]]):
+        self.made = made
+
+    def __call__(self, index: int, example: Example, words: list[Word]) -> tuple[np.ndarray, np.ndarray]:
+        return self.made(example, words)
 
 
 class FromTeacher:
@@ -49,20 +71,19 @@ class FromTeacher:
     character with it.
     """
 
-    def __init__(self, maps: MapStore):
-        self.maps = maps
+    def __init__(self, maps: FilteredMaps):
+        self.maps, self.counts = maps, maps.counts
 
     def __call__(self, index: int, example: Example, words: list[Word]) -> tuple[np.ndarray, np.ndarray]:
-        stored = self.maps.get(example.key)
+        stored, usable_R = self.maps.get(example.key)
         rows = {} if stored is None else {tuple(word): row for row, word in enumerate(stored.words)}
         own = [rows.get(tuple(word)) for word in words]
-        maps_WHW, valid_W = _take(stored, own)
+        maps_WHW, valid_W = _take(stored, usable_R, own)
         if stored is None or None not in own:
             return maps_WHW, valid_W
         raw_RHW = stored.raw()
         for place in (place for place, row in enumerate(own) if row is None):
-            parts = [row for row, span in enumerate(stored.words) if _meet(span, words[place])]
-            usable = [row for row in parts if stored.status[row] == 0]
+            usable = [row for row, span in enumerate(stored.words) if usable_R[row] and _meet(span, words[place])]
             if usable:
                 mean_HW = raw_RHW[usable].mean(0)
                 low, high = mean_HW.min(), mean_HW.max()
@@ -82,37 +103,37 @@ class Shuffled:
     number w of the other, beginning again where that has fewer.
     """
 
-    def __init__(self, maps: MapStore, keys: list[str], seed: int):
-        self.maps, self.keys = maps, keys
+    def __init__(self, maps: FilteredMaps, keys: list[str], seed: int):
+        self.maps, self.counts, self.keys = maps, maps.counts, keys
         order = np.random.default_rng([seed, 0x5F]).permutation(len(keys))
         self.other = np.empty(len(keys), dtype=np.int64)
         self.other[order] = np.roll(order, -1)
 
     def __call__(self, index: int, example: Example, words: list[Word]) -> tuple[np.ndarray, np.ndarray]:
-        stored = self.maps.get(self.keys[int(self.other[index])])
+        stored, usable_R = self.maps.get(self.keys[int(self.other[index])])
         roles = {turn for turn, _, _ in words}
-        usable = [] if stored is None else [r for r in range(len(stored.words)) if stored.status[r] == 0]
+        usable = np.flatnonzero(usable_R).tolist()
         # Answers borrow from answers (odd turns from odd turns), so that the maps are of the same kind of word.
         alike = [r for r in usable if any((stored.words[r].turn - turn) % 2 == 0 for turn in roles)] or usable
-        return _take(stored, [alike[w % len(alike)] if alike else None for w in range(len(words))])
+        return _take(stored, usable_R, [alike[w % len(alike)] if alike else None for w in range(len(words))])
 
 
-def unknown(index: int, example: Example, words: list[Word]) -> tuple[np.ndarray, np.ndarray]:
+def unknown() -> Targets:
     """Targets of which no word has one."""
-    return _take(None, [None] * len(words))
+    return WithoutStore(lambda example, words: _take(None, np.zeros(0, bool), [None] * len(words)))
 
 
-def _take(stored: ExampleMaps | None, rows: list[int | None]) -> tuple[np.ndarray, np.ndarray]:
+def _take(stored: ExampleMaps | None, usable_R: np.ndarray, rows: list[int | None]) -> tuple[np.ndarray, np.ndarray]:
     maps_WHW = np.zeros((len(rows), SIDE, SIDE), dtype=np.float32)
     valid_W = np.zeros(len(rows), dtype=bool)
     for place, row in enumerate(rows):
-        if row is not None and stored.status[row] == 0:
+        if row is not None and usable_R[row]:
             maps_WHW[place] = stored.maps[row].astype(np.float32) / 255
             valid_W[place] = True
     return maps_WHW, valid_W
 
 
-def _centre(index: int, example: Example, words: list[Word]) -> tuple[np.ndarray, np.ndarray]:
+def _centre(example: Example, words: list[Word]) -> tuple[np.ndarray, np.ndarray]:
     """A round blob in the middle, a fifth of the side wide, for every word."""
     axis = (np.arange(SIDE) + 0.5) / SIDE - 0.5
     blob = np.exp(-(axis[:, None] ** 2 + axis[None] ** 2) / (2 * 0.2**2)).astype(np.float32)
@@ -120,7 +141,7 @@ def _centre(index: int, example: Example, words: list[Word]) -> tuple[np.ndarray
     return np.repeat(blob[None], len(words), axis=0), np.ones(len(words), dtype=bool)
 
 
-def _oracle(index: int, example: Example, words: list[Word]) -> tuple[np.ndarray, np.ndarray]:
+def _oracle(example: Example, words: list[Word]) -> tuple[np.ndarray, np.ndarray]:
     """The true region of each word as its share of every cell, scaled to a highest value of one.
 
     A word has the regions of exactly its span, else the union of those whose spans share a character with it: a phrase
