@@ -249,7 +249,7 @@ def stream_rates(archive: Archive, store: MapStore, repeat: int) -> dict[str, li
 
     def served(stream: Stream) -> Callable[[], int]:
         def run() -> int:
-            store._loaded.clear()  # each epoch decodes again what it has not kept
+            store.forget()  # each epoch decodes its shards again
             batches = stream.batches(workers=0)
             return sum(len(next(batches).samples) for _ in range(steps))
 

@@ -1,6 +1,7 @@
 """What a run trains on and in which order: every option is one pure function of the step, and is counted."""
 
 import itertools
+import json
 import pickle
 import random
 from dataclasses import replace
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
+from PIL import Image
 from test_train import losses, root, same, settings, weights  # noqa: F401 (root is a fixture)
 
 from pipeline import receipts
@@ -94,9 +96,17 @@ def test_any_step_of_a_large_set_is_found_at_once():
 
 @pytest.fixture(scope="module")
 def mixture(root):  # noqa: F811
-    """A mixture of two worlds; its overrides."""
-    parts = ", ".join(f"{name}: {{kind: world, path: '.', sizes: {{train: {size}}}}}" for name, size in PARTS.items())
-    found = ["data.name=mixed", "data.kind=mixture", f"+data.parts={{{parts}}}", "arm=sft"]
+    """A mixture of two lists; its overrides."""
+    images = root / "images"
+    images.mkdir()
+    Image.new("RGB", (64, 64)).save(images / "a.png")
+    found = ["data.name=mixed", "data.kind=mixture", "arm=sft"]
+    for name, size in PARTS.items():
+        answers = ["red", "a small red circle and a blue square", "two"]
+        turns = [[{"from": "human", "value": "two"}, {"from": "gpt", "value": one}] for one in answers]
+        listed = [{"id": str(n), "image": "a.png", "conversations": turns[n % 3]} for n in range(size)]
+        (images / f"{name}.json").write_text(json.dumps(listed))
+        found.append(f"+data.parts.{name}={{kind: llava_json, path: '{images}/{name}.json'}}")
     shard(settings(root, *found))
     return found
 

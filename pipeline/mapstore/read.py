@@ -66,7 +66,7 @@ class MapStore:
             self._receipts = {Path(name).stem: receipts.load(self.folder / name) for name in closed.children}
             self.digest = closed.digest
         self._groups: dict[str, Group] = {}
-        self._loaded: OrderedDict[str, np.ndarray] = OrderedDict()
+        self._loaded: OrderedDict[str, tuple[Group, np.ndarray]] = OrderedDict()
         self._lock = Lock()
 
     @property
@@ -88,21 +88,31 @@ class MapStore:
         name = key[:5]
         if name not in self._receipts:
             return None
-        group = self.group(name)
-        if group.decoded_bytes > self.cache_bytes:
-            return group.get(key)
         with self._lock:
-            maps_WHW = self._loaded.get(name)
-            if maps_WHW is None:
-                maps_WHW = self._loaded[name] = group.decode()
-                self._trim()
-            self._loaded.move_to_end(name)
+            loaded = self._loaded.get(name)
+            if loaded is not None:
+                self._loaded.move_to_end(name)
+        if loaded is None:
+            group = self.group(name)
+            if group.decoded_bytes > self.cache_bytes:
+                return group.get(key)
+            loaded = self._load(name, group)
+        group, maps_WHW = loaded
         return group.cut(key, maps_WHW)
 
-    def _trim(self) -> None:
-        """Forgets the shards that were used longest ago."""
-        while sum(self.group(name).decoded_bytes for name in self._loaded) > self.cache_bytes:
-            self._loaded.popitem(last=False)
+    def forget(self) -> None:
+        """Gives back the memory of whole decoded shards."""
+        with self._lock:
+            self._loaded.clear()
+
+    def _load(self, name: str, group: "Group") -> tuple["Group", np.ndarray]:
+        """Decodes a whole shard, once, and forgets those that were used longest ago."""
+        with self._lock:
+            if name not in self._loaded:
+                self._loaded[name] = group, group.decode()
+                while sum(held.decoded_bytes for held, _ in self._loaded.values()) > self.cache_bytes:
+                    self._loaded.popitem(last=False)
+            return self._loaded[name]
 
     def group(self, name: str) -> "Group":
         """One opened shard."""
@@ -148,6 +158,7 @@ class Group:
         self._row = {key: row for row, key in enumerate(self.keys)}
         small = {name: self._read_small(name, dtype) for name, dtype in _SMALL.items()}
         self.range, self.status, self.offsets = small["range"].reshape(-1, 2), small["status"], small["offsets"]
+        self._ends: list[int] = self.offsets.tolist()
         self._spans = np.stack([small["turn"], small["start"], small["end"]], axis=1)
         if len(self.offsets) != len(self.keys) + 1 or self.offsets[-1] != self._words:
             raise Damaged(f"{path}: its arrays do not fit together: run precompute again")
@@ -157,7 +168,7 @@ class Group:
         row = self._row.get(key)
         if row is None:
             return None
-        low, high = int(self.offsets[row]), int(self.offsets[row + 1])
+        low, high = self._ends[row], self._ends[row + 1]
         if low == high:
             return self._example(row, np.zeros((0, SIDE, SIDE), np.uint8))
         first, last = low // CHUNK, (high - 1) // CHUNK + 1
@@ -167,7 +178,7 @@ class Group:
     def cut(self, key: str, maps_WHW: np.ndarray) -> ExampleMaps | None:
         """The maps of one example out of what `decode` gave, or None."""
         row = self._row.get(key)
-        return None if row is None else self._example(row, maps_WHW[self.offsets[row] : self.offsets[row + 1]])
+        return None if row is None else self._example(row, maps_WHW[self._ends[row] : self._ends[row + 1]])
 
     @property
     def decoded_bytes(self) -> int:
@@ -185,12 +196,10 @@ class Group:
     def load(self) -> list[ExampleMaps]:
         """The maps of all examples, in the tar's order; they share one block of memory of `decoded_bytes`."""
         maps_WHW = self.decode()
-        return [
-            self._example(row, maps_WHW[self.offsets[row] : self.offsets[row + 1]]) for row in range(len(self.keys))
-        ]
+        return [self._example(row, maps_WHW[self._ends[row] : self._ends[row + 1]]) for row in range(len(self.keys))]
 
     def _example(self, row: int, maps_WHW: np.ndarray) -> ExampleMaps:
-        span = slice(int(self.offsets[row]), int(self.offsets[row + 1]))
+        span = slice(self._ends[row], self._ends[row + 1])
         return ExampleMaps(self.keys[row], Spans(self._spans[span]), maps_WHW, self.range[span], self.status[span])
 
     def _key_at(self, position: int) -> str:
@@ -223,9 +232,11 @@ class Group:
         # zarrs opens the file and reads its index on every call, which is dear for the one or two chunks of an example.
         zarrs = self._zarrs if last - first > _FEW and chunks.usable() else None
         whole = zarrs is not None and zarrs.read(first, last, into_NCHX)
-        for position, chunk in enumerate(into_NCHX, first):
-            # The zeros of a missing chunk would fit the digest of one that really is zeros.
-            if not (whole and (chunk[0].any() or chunk.any()) and self._fits("maps", position, chunk)):
+        # The zeros of a missing chunk would fit the digest of one that really is zeros: what begins with zeros is read
+        # again.
+        begun_N = into_NCHX[:, 0].any(axis=(1, 2)).tolist() if whole else [False] * (last - first)
+        for position, chunk, begun in zip(range(first, last), into_NCHX, begun_N, strict=True):
+            if not (begun and self._fits("maps", position, chunk)):
                 self._read_by_hand(position, chunk, key or self._key_at(position))
 
     def _read_by_hand(self, position: int, into_CHX: np.ndarray, key: str) -> None:

@@ -58,7 +58,7 @@ class Spans(Sequence[Word]):
     def __eq__(self, other: object) -> bool:
         return list(self) == list(other) if isinstance(other, Sequence) else NotImplemented
 
-    __hash__ = None
+    __hash__ = None  # as of a list
 
     def __repr__(self) -> str:
         return repr(list(self))
