@@ -158,7 +158,13 @@ def test_examples_of_the_training_split_are_not_trained_on(root, monkeypatch, ca
     monkeypatch.setattr(Batches, "at", noted)
     monkeypatch.setattr(heldout, "MOST", 4)
     cfg = settings(
-        root, "arm=sft", "train.held_out=3", "train.evaluate_every=6", "train.steps=9", f"runs_dir={root}/own"
+        root,
+        "arm=sft",
+        "train.held_out=3",
+        "train.held_out_split=",
+        "train.evaluate_every=6",
+        "train.steps=9",
+        f"runs_dir={root}/own",
     )
     train(cfg)
     archive = Archive(Layout(cfg).examples_dir("train"))
@@ -190,7 +196,10 @@ def test_the_best_checkpoint_is_kept_and_exported(root, capsys):  # noqa: F811
 def test_settings_that_cannot_be_evaluated_are_refused(root, command, tmp_path):  # noqa: F811
     given = (f"shards_dir={root}/shards", f"model.path={root}/student", f"runs_dir={tmp_path}", "train.steps=2")
     for more, said in (
-        (("train.evaluate_every=2",), "error: train.evaluate_every=2 needs examples: give train.held_out"),
+        (
+            ("train.evaluate_every=2", "train.held_out=0"),
+            "error: train.evaluate_every=2 needs examples: give train.held_out",
+        ),
         (("train.held_out=2", "train.held_out_split=train"), "error: train.held_out_split=train is trained on"),
         (("train.choose=best",), "error: train.choose=best knows the loss"),
     ):
