@@ -294,9 +294,9 @@ def test_a_process_whose_examples_are_all_refused_keeps_up_with_a_batch_that_tea
         return encode(example)
 
     family.encode_one = picky
-    order = SimpleNamespace(indices=lambda first, count: list(range(first, first + count)))
-    given = {"batch_size": 4, "micro_batch": 1, "ranks": ranks, "skipped_file": tmp_path / "s", "max_failed": 1.0}
-    batches = Batches(archive, order, family, None, rank=ranks - 1, **given)
+    plan = SimpleNamespace(batch_size=4, at=lambda step: list(range(4 * step, 4 * step + 4)))
+    given = {"micro_batch": 1, "ranks": ranks, "skipped_file": tmp_path / "s", "max_failed": 1.0}
+    batches = Batches(archive, plan, family, None, rank=ranks - 1, **given)
     assert [b.keys for b in batches.at(0).batches] == [[key] for key in archive.keys[4 - 4 // ranks : 4]]
     share = batches.at(1)
     assert share.skipped == 4 // ranks
