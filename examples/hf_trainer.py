@@ -41,8 +41,6 @@ class AlignedTrainer(Trainer):
         self.align = AlignmentLoss.for_tap(self.tap, AlignConfig(), weight=lam)  # 2
         super().__init__(model=student.model, data_collator=self.collate, **options)
         self.align.to(self.args.device)
-        # The loss is a mean over its own batch: with gradient accumulation the Trainer is to divide it.
-        self.model_accepts_loss_kwargs = False
 
     def collate(self, items: list[tuple]) -> dict[str, StudentBatch]:
         """Encoded examples and their maps as one batch."""
