@@ -1,6 +1,6 @@
 """What alignment costs a training step, beside the plain step and beside the authors' way.
 
-    python -m benchmarks.student [--families mllama,qwen2_5_vl] [--pairs 5] [--json FILE]
+    python -m benchmarks.student [--families mllama,qwen2_5_vl] [--pairs 5] [--keep DIRECTORY] [--json FILE]
 
 Models of the real width, cut in depth, with random weights: `mllama` is Llama-3.2-11B-Vision with 5 of its 40 text
 layers, one of which attends to the 6,404 keys of four image tiles (8 in 40), and `qwen2_5_vl` is Qwen2.5-VL-7B with 2
@@ -21,7 +21,10 @@ Arms, which take turns in one process on one model:
 A ratio of times is the median over pairs of neighbouring steps; its interval is that of the order statistics (with five
 pairs the lowest and the highest: 94%). Memory is the peak of a process of its own for each arm above what it holds
 between two steps: weights and optimizer state. Both are measured with and without gradient checkpointing; the keys
-without a suffix are the worse of the two. On one core the two families take about ten minutes.
+without a suffix are the worse of the two. On one thread time is processor time, which other programs disturb less.
+
+A quiet core needs about ten minutes for both families. With ``--keep`` each part's numbers are kept as soon as they are
+there, and a run that was stopped goes on from them.
 """
 
 import argparse
@@ -349,14 +352,15 @@ class Bench:
             inputs = self.pixels | {"pixel_values": self.pixels["pixel_values"].to(self.inner.dtype)}
             if hasattr(self, "visual"):
                 self.inner.model.visual.forward = self.visual
-        began = time.perf_counter()
+        clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+        began = clock()
         # As in training with `precision: bf16`.
         with torch.autocast("cpu", torch.bfloat16, enabled=self.inner.dtype == torch.bfloat16):
             loss = self.loss(arm, inputs)
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return time.perf_counter() - began
+        return clock() - began
 
 
 def interval(values: Sequence[float]) -> tuple[float, float, float]:
@@ -376,6 +380,7 @@ def timings(bench: Bench, pairs: int, arms: Sequence[str]) -> dict[str, float]:
             bench.start(arm)
             gc.collect()
             took = bench.step(arm)
+            print(f"turn {turn}: {arm} {took:.2f} s", file=sys.stderr, flush=True)
             if turn:
                 seconds[arm].append(took)
     found = {f"{arm}_seconds": statistics.median(seconds[arm]) for arm in arms}
@@ -398,27 +403,33 @@ def peak(bench: Bench, arm: str) -> int:
     return int(line.split()[1]) * 1024 - before
 
 
-def in_process(family: str, args: argparse.Namespace, *more: str) -> dict:
-    """The last line that this module prints in a process of its own, as JSON."""
+def in_process(family: str, args: argparse.Namespace, keep: Path, *more: str) -> dict:
+    """The last line that this module prints in a process of its own, as JSON; or what it printed once before."""
+    kept = keep / f"{args.size}-{family}-{'-'.join(more)}.json"
+    if kept.exists():
+        return json.loads(kept.read_text())
     command = [sys.executable, "-m", "benchmarks.student", "--families", family, "--size", args.size,
-               "--threads", str(args.threads), "--pairs", str(args.pairs), *more]  # fmt: skip
+               "--threads", str(args.threads), "--pairs", str(args.pairs), *more,
+               "--features", str(keep / f"{args.size}-{family}.pt")]  # fmt: skip
     if args.batched:
         command.append("--batched")
     # Blocks of a size that counts go back to the system when they are freed, so that a peak is a peak of what is used.
     limits = {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576"} if "--memory-of" in more else {}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | limits)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env=os.environ | limits)
     if done.returncode:
-        raise SystemExit(done.stderr)
-    return json.loads(done.stdout.splitlines()[-1])
+        raise SystemExit(f"{family}: {' '.join(more)} failed")
+    found = json.loads(done.stdout.splitlines()[-1])
+    kept.write_text(json.dumps(found))
+    return found
 
 
-def measure(family: str, args: argparse.Namespace) -> dict[str, float]:
+def measure(family: str, args: argparse.Namespace, keep: Path) -> dict[str, float]:
     """All numbers of one family."""
     arms = arms_of(args)
-    with tempfile.TemporaryDirectory() as scratch:
-        where = ("--features", str(Path(scratch, "features.pt")))
-        found = in_process(family, args, "--time", *where)
-        memory = {arm: in_process(family, args, "--memory-of", arm, *where) for arm in arms}
+    found: dict[str, float] = {}
+    for setting in SETTINGS:
+        found |= in_process(family, args, keep, "--time-of", setting)
+    memory = {arm: in_process(family, args, keep, "--memory-of", arm) for arm in arms}
     for setting in SETTINGS:
         held = {arm: memory[arm][setting] for arm in arms}
         found |= {f"{arm}_megabytes_{setting}": held[arm] / 1e6 for arm in arms}
@@ -452,12 +463,12 @@ def one(args: argparse.Namespace) -> dict[str, float]:
                 bench.step(args.memory_of)  # libraries keep some memory from their first use on
             found[setting] = peak(bench, args.memory_of)
         return found
-    for setting in SETTINGS:
-        bench.set(setting)
-        part = timings(bench, args.pairs, arms_of(args))
-        found |= {f"{name}_{setting}": value for name, value in part.items()}
-    bench.start("ours")
-    found[f"whole_step_seconds_{setting}"] = bench.step("ours", whole=True)
+    bench.set(args.time_of)
+    part = timings(bench, args.pairs, arms_of(args))
+    found |= {f"{name}_{args.time_of}": value for name, value in part.items()}
+    if args.time_of == SETTINGS[-1]:
+        bench.start("ours")
+        found["whole_step_seconds"] = bench.step("ours", whole=True)
     words = bench.batch.words
     return found | {
         "words": len(words),
@@ -475,21 +486,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--keep", type=Path, help="directory for the numbers of each part")
     parser.add_argument("--batched", action="store_true", help="time the arm `batched` too")
     parser.add_argument("--features", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--time", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--time-of", choices=SETTINGS, help=argparse.SUPPRESS)
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     families = args.families.split(",")
     if unknown := sorted(set(families) - set(FAMILIES)):
         parser.error(f"--families {unknown[0]}: choose some of {', '.join(FAMILIES)}")
-    if args.time or args.memory_of:
+    if args.time_of or args.memory_of:
         print(json.dumps(one(args)))
         return 0
     result: dict = {"size": args.size, "threads": args.threads, "pairs": args.pairs, "device": "cpu"}
-    for family in families:
-        result |= measure(family, args)
+    with tempfile.TemporaryDirectory() as scratch:
+        keep = args.keep or Path(scratch)
+        keep.mkdir(parents=True, exist_ok=True)
+        for family in families:
+            result |= measure(family, args, keep)
     result = {name: round(value, 4) if isinstance(value, float) else value for name, value in result.items()}
     print(f"RESULT {json.dumps(result)}")
     if args.json:

@@ -15,6 +15,7 @@ from torch import nn
 from pipeline.student.capture import AttentionTap, student_maps
 from pipeline.student.config import ModelConfig
 from pipeline.student.load import load_student
+from pipeline.train.parallel import blocks
 
 
 def batches(family):
@@ -29,18 +30,6 @@ def loss_on(model, family, batch) -> torch.Tensor:
         logits = model(**batch.inputs, use_cache=False).logits
         loss = logits.square().mean()
         return loss + loss_of(student_maps(tap, batch)) if len(batch.words) else loss
-
-
-def blocks(model: nn.Module) -> list[nn.Module]:
-    """Members of the outermost module lists: the transformer blocks of text and vision."""
-    found = []
-    for child in model.children():
-        found += (
-            [m for m in child if not isinstance(m, nn.ModuleList)]
-            if isinstance(child, nn.ModuleList)
-            else blocks(child)
-        )
-    return [block for block in found if any(True for _ in block.parameters())]
 
 
 def gradients(model) -> dict[str, torch.Tensor]:

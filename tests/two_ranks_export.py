@@ -13,12 +13,12 @@ from test_student_families import example
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from two_ranks import blocks
 
 from pipeline.student.config import ModelConfig
 from pipeline.student.load import load_student
 from pipeline.train.config import TrainConfig
 from pipeline.train.export import export
+from pipeline.train.parallel import blocks
 from pipeline.train.stage import _reload
 from pipeline.train.trainable import trainable
 

@@ -58,6 +58,9 @@ class Layout:
     stacked: ClassVar[tuple[str, ...]] = ("pixel_values",)
     along: ClassVar[dict[str, int]] = {}
     packs: ClassVar[bool] = True  # whether layers keep several sequences in one row apart by their positions
+    # Parts of the model that run once for every image or slice. Ranks run them a different number of times, so FSDP
+    # must not gather their weights each time.
+    per_image: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         self.token = self.marker = self.tokenizer.convert_ids_to_tokens(self.image_id)
@@ -311,6 +314,7 @@ class MiniCPM46(Layout):
     stacked: ClassVar[tuple[str, ...]] = ()
     along: ClassVar[dict[str, int]] = {"pixel_values": 3}  # the patches of all images in one row
     packs: ClassVar[bool] = False
+    per_image: ClassVar[tuple[str, ...]] = ("merger",)
 
     def __post_init__(self) -> None:
         super().__post_init__()

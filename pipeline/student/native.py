@@ -100,6 +100,8 @@ class Native(Family):
         if "logits_to_keep" not in inspect.signature(model.forward).parameters:
             model.register_forward_pre_hook(partial(_note_logits_to_keep, inner), with_kwargs=True)
             inner.register_forward_hook(_keep_logits)
+        for name in self.layout.per_image:
+            getattr(inner, name).lavender_per_image = True
         if not self.layout.packs:
             inner.register_forward_pre_hook(_refuse_packed, with_kwargs=True)
         inner.register_forward_pre_hook(partial(_run_blank, blank), with_kwargs=True)

@@ -103,13 +103,16 @@ def prepare(
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
-    """The transformer layers of text and vision: members of the outermost module lists that have parameters.
+    """The transformer layers of text and vision: members of the outermost module lists that have parameters, but for
+    those that run once for every image (``Layout.per_image``).
 
     So found they are right for every family; what transformers itself names (``_no_split_modules``) leaves out
     towers, or names parts of layers.
     """
     found: list[nn.Module] = []
     for child in model.children():
+        if getattr(child, "lavender_per_image", False):
+            continue
         if isinstance(child, nn.ModuleList):
             found += [member for member in child if not isinstance(member, nn.ModuleList)]
         else:
