@@ -8,6 +8,8 @@ hits both. Above 1 is faster than the other way.
     shard_vs_bare          the shard stage on one core against a bare loop on the same core that reads, checks (decodes)
                            and writes the same images and texts and flushes them to the disk, as the stage does
     shard_vs_unflushed     ... against the same loop without the flush: what it wrote may not be on the disk yet
+    shard_vs_same_check    ... against the same loop with the stage's own check (`inspect_image`) in place of decoding,
+                           which finds the same faults in less time: what is left are hashes, tars, tables, receipts
     shard_vs_webdataset    ... against webdataset's ShardWriter in such a loop, without a flush
     stream_vs_raw          examples with maps in training order against reading the same bytes and decoding the same
                            chunks in file order
@@ -45,6 +47,7 @@ from pipeline.archive.stage import shard
 from pipeline.archive.stream import Stream
 from pipeline.config import Config
 from pipeline.engine import EngineConfig
+from pipeline.examples import inspect_image
 from pipeline.mapstore.exchange import to_jpeg
 from pipeline.mapstore.read import Group, MapStore
 from pipeline.mapstore.schema import CHUNK, SIDE, example_maps
@@ -113,16 +116,19 @@ def shard_rates(source: Path, folder: Path, repeat: int) -> dict[str, list[float
         with quiet():
             return shard(config(source, folder / "ours")).counts["examples"]
 
-    def read(record: dict) -> bytes:
-        data = (source.parent / record["image"]).read_bytes()
+    def decoded(data: bytes) -> None:
         with Image.open(io.BytesIO(data)) as image:
             image.convert("RGB")
+
+    def read(record: dict, check: Callable[[bytes], object] = decoded) -> bytes:
+        data = (source.parent / record["image"]).read_bytes()
+        check(data)
         return data
 
-    def bare(flush: bool) -> int:
+    def bare(flush: bool, check: Callable[[bytes], object] = decoded) -> int:
         with (folder / "bare.bin").open("wb") as file:
             for record in records:
-                file.write(read(record))
+                file.write(read(record, check))
                 file.write(json.dumps(record["conversations"]).encode())
             if flush:
                 file.flush()
@@ -142,7 +148,13 @@ def shard_rates(source: Path, folder: Path, repeat: int) -> dict[str, list[float
             if file.exists():
                 receipts.sync_tree(file)
 
-    sides = {"ours": ours, "bare": lambda: bare(True), "unflushed": lambda: bare(False), "webdataset": writer}
+    sides = {
+        "ours": ours,
+        "bare": lambda: bare(True),
+        "unflushed": lambda: bare(False),
+        "same_check": lambda: bare(True, inspect_image),
+        "webdataset": writer,
+    }
     with one_core():
         return rates(sides, repeat, settle)
 
@@ -364,6 +376,7 @@ def measure(examples: int, side: int, repeat: int, folder: Path) -> dict[str, fl
         "shard_per_second": statistics.median(sharding["ours"]),
         "shard_vs_bare": ratio(sharding, "ours", "bare"),
         "shard_vs_unflushed": ratio(sharding, "ours", "unflushed"),
+        "shard_vs_same_check": ratio(sharding, "ours", "same_check"),
         "shard_vs_webdataset": ratio(sharding, "ours", "webdataset"),
         "stream_per_second": statistics.median(streaming["joined"]),
         "stream_vs_raw": ratio(streaming, "joined", "raw"),

@@ -270,11 +270,14 @@ def inspect_image(data: bytes, max_pixels: int = MAX_PIXELS, whole: bool = True)
     """
     with _guarded():
         image = _open(data, max_pixels)
+        width, height = image.size[::-1] if _orientation(image) in _TURNED else image.size
         if whole:
+            # A JPEG is decoded at an eighth of its size, in grey: every bit of its data is read as for the whole image,
+            # and whatever is wrong shows there; what is left out (transform, upsampling, colours) cannot fail.
+            image.draft("L", (max(image.width // 8, 1), max(image.height // 8, 1)))
             image.load()
         if image.mode == "F":
             raise ImageError(_NO_RANGE)
-        width, height = image.size[::-1] if _orientation(image) in _TURNED else image.size
         return _FORMATS[image.format], width, height
 
 

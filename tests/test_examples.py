@@ -212,6 +212,37 @@ def test_broken_images():
         decode(small[:12] + claim + struct.pack(">I", zlib.crc32(claim)) + small[33:])
 
 
+def test_the_quick_check_of_a_jpeg_finds_what_decoding_it_finds():
+    """`inspect_image` decodes at an eighth of the size; its verdict, and its words, are those of the whole image."""
+    rng = np.random.default_rng(0)
+    picture = Image.fromarray(rng.integers(0, 255, (12, 19, 3), np.uint8)).resize((153, 97), Image.Resampling.BICUBIC)
+    forms = [
+        encoded(picture, "JPEG"), encoded(picture, "JPEG", progressive=True), encoded(picture.convert("L"), "JPEG"),
+        encoded(picture.convert("CMYK"), "JPEG"), encoded(picture.crop((0, 0, 5, 3)), "JPEG", subsampling=0),
+        encoded(picture, "JPEG", restart_marker_rows=1),
+    ]  # fmt: skip
+
+    def verdict(check, data):
+        try:
+            check(data)
+        except ImageError as error:
+            return str(error)
+        return "sound"
+
+    found = set()
+    for data in forms:
+        assert inspect_image(data)[1:] == decode(data).size
+        for number in range(24):
+            changed = bytearray(data)
+            if number % 2:
+                changed = changed[: int(rng.integers(1, len(data)))]
+            else:
+                changed[int(rng.integers(2, len(data)))] = int(rng.integers(256))
+            found.add(verdict(inspect_image, bytes(changed)))
+            assert verdict(inspect_image, bytes(changed)) == verdict(decode, bytes(changed))
+    assert "sound" in found and len(found) > 10
+
+
 # --- regions ---
 
 

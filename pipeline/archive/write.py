@@ -302,7 +302,7 @@ class TarWriter:
 
     def __enter__(self) -> "TarWriter":
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self._tmp.open("wb")
+        self._file = self._tmp.open("wb", buffering=1 << 20)
         return self
 
     def add(self, name: str, data: bytes) -> int:
