@@ -23,12 +23,14 @@ class Adapter(ABC):
         text: the text side.
         layers: the layers that are read, with their weights.
         refine_side: side of the self-attention used for refinement, 0 if there is none.
+        columns: maps of a batch are padded to a multiple of this many, where their number is part of what is compiled.
         top: side of the model's finest grid for a square image of its own size; layers' sides are counted like it.
     """
 
     text: ClipText
     layers: list[Layer]
     refine_side: int = 0
+    columns: int = 1
     top: int
 
     def __init__(self, parts: dict, cfg: TeacherConfig, device: torch.device, sample: int, patch: int = 1):

@@ -141,6 +141,7 @@ class SD3Adapter(_TransformerAdapter):
         config = transformer.config
         super().__init__(parts, cfg, device, config.sample_size, config.patch_size)
         self.top = config.sample_size // config.patch_size
+        self.columns = config.attention_head_dim  # as wide as the values of fused attention, so it costs nothing
         self.text = SD3Text(parts)
         names = [f"transformer_blocks.{number}.attn" for number in range(len(transformer.transformer_blocks))]
         used, keep = self._choose(names, cfg)
@@ -173,6 +174,7 @@ class FluxAdapter(_TransformerAdapter):
         # The transformer states no size; the published pipeline works at 128 latents a side.
         super().__init__(parts, cfg, device, 128, 2)
         self.top = self.side // self.factor // 2
+        self.columns = transformer.config.attention_head_dim
         self.text = FluxText(parts)
         self.guided = transformer.config.guidance_embeds
         double = [f"transformer_blocks.{number}.attn" for number in range(len(transformer.transformer_blocks))]

@@ -264,7 +264,8 @@ class Teacher:
         latents_BCYX = torch.stack([latents[unit.identity] for unit in full])
         condition = adapter.condition([unit.text for unit in full])
         rows = [_positions(adapter, unit) for unit in full]
-        width = max(len(maps) for maps in rows)
+        sums = 1 if cfg.renormalise else 0  # a column of the capture's own
+        width = -(-(max(len(maps) for maps in rows) + sums) // adapter.columns) * adapter.columns - sums
         capture = Capture(
             grids=adapter.grids(size),
             tokens_BTW=token_weights(rows, adapter.text.positions, width).to(adapter.device),
