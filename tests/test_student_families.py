@@ -362,6 +362,20 @@ def test_compiled_equals_plain(student, examples):
 # --- words ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("size", [(1, 1), (1, 300), (300, 1)], ids=str)
+def test_lines_and_points_are_taken_or_refused_as_examples(student, size):
+    """No image stops a stage: what a published processor cannot take is refused with a reason, as one example."""
+    one = example("two", "red", size)
+    if student.kind == "idefics2_split" or (student.kind.startswith("qwen") and max(size) > 200):
+        with pytest.raises(EncodeError, match="pixels"):
+            student.family.encode_one(one)
+        return
+    item = student.family.encode_one(one)
+    shown = sum(piece.step_y * piece.step_x * piece.columns_HW.size for piece in item.pieces)
+    assert shown > 0
+    assert torch.isfinite(student.family.collate([item]).planes.rows_y).all()
+
+
 def test_words_labels_and_image_span(student, examples):
     family, tokenizer = student.family, student.processor.tokenizer
     one = examples[0]

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from pipeline.errors import UserError
+from pipeline.student.batch import EncodeError
 from pipeline.student.planes import Piece
 
 if TYPE_CHECKING:
@@ -102,8 +103,11 @@ class Qwen(Layout):
     """Qwen2-VL to Qwen3-VL: the image stretched to a multiple of two patches, no padding, 2 x 2 patches a token."""
 
     stacked: ClassVar[tuple[str, ...]] = ()
+    longest: ClassVar[int] = 200  # times as long as wide; the published processor raises at more
 
     def __call__(self, image: "Image") -> Laid:
+        if max(image.size) > self.longest * min(image.size):
+            raise EncodeError(f"an image of {image.width}x{image.height} pixels: at most {self.longest} to 1")
         tensors = self.pixels(image)
         _, high, wide = tensors["image_grid_thw"][0].tolist()
         rows, cols = high // self.processor.merge_size, wide // self.processor.merge_size
@@ -256,6 +260,8 @@ class Idefics2(Layout):
     wide: ClassVar[int] = 1 << 12  # patches in a row, until the batch's padding says how many
 
     def __call__(self, image: "Image") -> Laid:
+        if self.processor.do_image_splitting and min(image.size) < 2:
+            raise EncodeError(f"an image of {image.width}x{image.height} pixels has no quarters")
         made = self.processor([[image]], return_tensors="pt")
         tensors = {name: made[name][0] for name in self.stacked}
         patch, latents = self.config.vision_config.patch_size, self.config.perceiver_config.resampler_n_latents
