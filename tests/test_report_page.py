@@ -165,7 +165,10 @@ def test_training_curves_of_seeds_have_a_mean():
     curves = {f"sft-{seed}": [{"step": step, "ce": 2.0 + seed, "align": None} for step in (1, 2, 3)] for seed in (1, 2)}
     drawn = plots.svg(plots.training(curves), "wide", "training")
     assert drawn.count("stroke: var(--arm-sft)") == 4  # two seeds, their mean, the key
-    assert "alignment loss" not in drawn
+    assert "alignment loss" not in drawn and "stroke-dasharray" not in drawn
+    held = {"sft-1": [{"step": 0, "ce": 5.0}, {"step": 3, "ce": 2.5}], "sft-2": []}
+    drawn = plots.svg(plots.training(curves, held), "wide", "training")
+    assert drawn.count("stroke: var(--arm-sft)") == 5 and drawn.count("stroke-dasharray") == 1, "held-out, dashed"
 
 
 def test_overlay_is_bright_where_the_map_is():

@@ -5,7 +5,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_train import losses, root  # noqa: F401 (a fixture)
+from test_train import SMALL, losses, root  # noqa: F401 (a fixture)
+from torch import nn
 
 from pipeline.config import Config, compose
 from pipeline.train import metrics, status
@@ -88,6 +89,20 @@ def same_run(cfg: Config, reference: Config) -> None:
 def test_the_run_is_the_same(root, reference, more):  # noqa: F811
     """Accumulation: a batch of 8 at once is that of 8 times 1."""
     same_run(run(root, "".join(filter(str.isalnum, "".join(more))), *more), reference)
+
+
+@pytest.mark.full
+def test_compiled_layers_compute_the_same_run(root, reference, monkeypatch):  # noqa: F811
+    """All of torch.compile but the making of kernels, which needs a compiler of its own."""
+    compiled, plain = [], nn.Module.compile
+
+    def traced(self, *args, **kwargs):
+        compiled.append(type(self).__name__)
+        plain(self, *args, backend="aot_eager", **kwargs)
+
+    monkeypatch.setattr(nn.Module, "compile", traced)
+    same_run(run(root, "compiled", "train.compile=true"), reference)
+    assert len(compiled) == SMALL["layers"] + SMALL["vision_layers"] + 1  # the tower has a global layer as well
 
 
 def test_two_processes_compute_the_same_run(root, reference):  # noqa: F811

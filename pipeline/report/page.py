@@ -27,6 +27,7 @@ def contents(
     details: Mapping,
     curves: Mapping[str, Sequence[dict]],
     *,
+    heldout: Mapping[str, Sequence[dict]] | None = None,
     gallery: Sequence[dict] = (),
     gallery_note: str = "",
     mistakes: Mapping | None = None,
@@ -39,7 +40,7 @@ def contents(
 
     Args:
         summary, details: the evaluation's two files.
-        curves: run name -> lines of its metrics.jsonl.
+        curves, heldout: run name -> lines of its metrics.jsonl, of training and of the held-out examples.
         gallery: cards of `gallery.cards`. mistakes: `gallery.mistakes`.
         facts: `facts.groups`. runs: the table of `facts.runs`. published: the table of `published.table`.
         commands: what to type to repeat it.
@@ -53,7 +54,7 @@ def contents(
         "verdicts": verdicts(summary, tasks),
         "results": _results(summary, tasks),
         "changes": _changes(summary, tasks),
-        "figures": figures(summary, details, curves),
+        "figures": figures(summary, details, curves, heldout or {}),
         "kinds": _kinds(details, arms),
         "gallery": gallery,
         "gallery_note": gallery_note,
@@ -198,7 +199,7 @@ def _changes(summary: Mapping, tasks: Sequence[str]) -> dict | None:
     }
 
 
-def figures(summary: Mapping, details: Mapping, curves: Mapping) -> dict[str, dict]:
+def figures(summary: Mapping, details: Mapping, curves: Mapping, heldout: Mapping) -> dict[str, dict]:
     """Every figure in all shapes, with a text that says what it shows; `plan` draws it again."""
     tasks, arms = list(details["tasks"]), list(summary["arms"])
     numbers = "; ".join(
@@ -228,9 +229,10 @@ def figures(summary: Mapping, details: Mapping, curves: Mapping) -> dict[str, di
         )
     if any(row.get("ce") is not None for rows in curves.values() for row in rows):
         plans["training"] = (
-            plots.training(curves),
+            plots.training(curves, heldout),
             _curve_text(curves),
             "Losses over training steps, smoothed over 2% of the run"
+            + (", dashed on held-out examples" if any(heldout.values()) else "")
             + (", thin lines for single seeds." if len(summary["seeds"]) > 1 else "."),
         )
     return {name: _figure(name, *one) for name, one in plans.items()}

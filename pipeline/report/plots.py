@@ -282,8 +282,10 @@ def kinds(by_kind: Mapping[str, Mapping], arms: Sequence[str], value: str = "acc
 # --- training -------------------------------------------------------------------------------------------------------
 
 
-def training(curves: Mapping[str, Sequence[dict]]) -> Plan:
+def training(curves: Mapping[str, Sequence[dict]], heldout: Mapping[str, Sequence[dict]] | None = None) -> Plan:
     """Language loss and alignment loss over steps; ``curves``: run name -> lines of metrics.jsonl.
+
+    Dashed: the losses on ``heldout`` examples.
 
     With several seeds each is a thin line and their mean a strong one.
     """
@@ -310,6 +312,9 @@ def training(curves: Mapping[str, Sequence[dict]]) -> Plan:
                     mean = [sum(line[step] for line in lines) / len(lines) for step in steps]
                     if any(mean):
                         panel.plot(steps, _smooth(mean), color=tone, linewidth=2)
+                    for name in mine:
+                        if held := _line((heldout or {}).get(name, ()), key):
+                            panel.plot(list(held), list(held.values()), "--", color=tone, linewidth=1.2)
                 panel.set_title(title)
                 panel.set_xlabel("step")
                 panel.grid(axis="y")

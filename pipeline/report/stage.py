@@ -68,7 +68,7 @@ def _write(cfg: Config, layout: Layout) -> list[Path]:
     from pipeline.report import facts, plots
     from pipeline.report.beside import published
     from pipeline.report.page import contents, render
-    from pipeline.train.metrics import read
+    from pipeline.train.metrics import heldout, read
 
     summary = json.loads((layout.eval_dir / "summary.json").read_text(encoding="utf-8"))
     details = json.loads((layout.eval_dir / "details.json").read_text(encoding="utf-8"))
@@ -85,6 +85,7 @@ def _write(cfg: Config, layout: Layout) -> list[Path]:
         summary,
         details,
         {f"{arm}-{seed}": read(layout.run_dir(arm, seed)) for arm, seed in trained},
+        heldout={f"{arm}-{seed}": heldout(layout.run_dir(arm, seed)) for arm, seed in trained},
         gallery=pictures.cards(),
         gallery_note=pictures.note(),
         mistakes=pictures.mistakes(library.picture),
