@@ -26,6 +26,7 @@ def reader(request, monkeypatch):
     else:
         monkeypatch.setattr(chunks, "installed", lambda: False)
     monkeypatch.setattr("pipeline.mapstore.read._FEW", 0)
+    monkeypatch.setattr(chunks, "cores", lambda: 2)
     return request.param
 
 
@@ -254,6 +255,7 @@ def test_zarrs_reads_every_chunk(tmp_path, monkeypatch):
     pytest.importorskip("zarrs")
     store(tmp_path)
     monkeypatch.setattr("pipeline.mapstore.read._FEW", 0)
+    monkeypatch.setattr(chunks, "cores", lambda: 2)
     monkeypatch.setattr(Group, "_read_by_hand", lambda *_: pytest.fail("read by hand"))
     group = MapStore(tmp_path).group("00000")
     for row, found in zip(rows("00000"), group.load(), strict=True):
@@ -297,6 +299,7 @@ def test_a_missing_chunk_of_zeros_is_not_taken_for_zeros(tmp_path, reader):
 def test_a_fork_reads_too(tmp_path, monkeypatch):
     """The threads of zarrs do not come along with a fork, and it would wait for them for ever."""
     monkeypatch.setattr("pipeline.mapstore.read._FEW", 0)
+    monkeypatch.setattr(chunks, "cores", lambda: 2)
     store(tmp_path)
     maps = MapStore(tmp_path)
     expected = maps.get("0000000002").maps

@@ -6,6 +6,7 @@ import os
 import zlib
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import accumulate
 from operator import itemgetter
 from pathlib import Path
@@ -19,6 +20,7 @@ from pipeline.remote import stage
 
 _PLACES = [f"{member}_{name}" for member in ("image", "json") for name in ("offset", "size", "crc")]
 _COLUMNS = ["key", "ext", *_PLACES]
+_as_turn = partial(tuple.__new__, Turn)  # what Turn._make does, three times as fast
 _parse = json.JSONDecoder().raw_decode  # of text: json.loads would look for the encoding first
 
 
@@ -165,7 +167,7 @@ class Shard(Sequence[Example]):
             key=self.keys[row],
             image=image,
             ext=self.ext[row],
-            turns=tuple([Turn(turn["role"], turn["text"]) for turn in document["turns"]]),
+            turns=tuple([_as_turn((turn["role"], turn["text"])) for turn in document["turns"]]),
             source=document["source"],
             split=document["split"],
             licence=document["licence"],

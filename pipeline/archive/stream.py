@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,8 +18,7 @@ from pipeline.mapstore.schema import ExampleMaps
 _NO_WORDS = np.zeros(0, bool)
 
 
-@dataclass(frozen=True)
-class Sample:
+class Sample(NamedTuple):
     """An example as it is trained on; without maps it trains the language loss alone.
 
     Args:

@@ -43,6 +43,11 @@ def usable() -> bool:
     return installed() and not _forked
 
 
+def cores() -> int:
+    """Cores that this process may use. On one, zarrs decodes a shard no faster than a loop over its chunks."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 class ZarrsChunks:
     """The sharded array `maps` of a group, read by zarrs.
 
