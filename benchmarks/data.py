@@ -15,6 +15,7 @@ hits both. Above 1 is faster than the other way.
                            chunks in file order
     stream_vs_webdataset   examples alone in training order against webdataset streaming the tars
     maps_vs_jpeg           maps of random examples from the store against one JPEG per word
+    world_*                bytes per map and error of both profiles on maps of the bundled teacher
     *_bytes_per_map        on disk, files of the JPEG layout in blocks of 4 KiB
     resume_seconds         from nothing to the first batch in the middle of an epoch, at `--scale` examples
     scale_*                `--scale` small examples, and a tenth of them before and after in the same run: seconds to
@@ -50,7 +51,7 @@ from pipeline.engine import EngineConfig
 from pipeline.examples import inspect_image
 from pipeline.mapstore.exchange import to_jpeg
 from pipeline.mapstore.read import Group, MapStore
-from pipeline.mapstore.schema import CHUNK, SIDE, example_maps
+from pipeline.mapstore.schema import CHUNK, PROFILES, SIDE, example_maps
 from pipeline.mapstore.write import write_shard
 from pipeline.sources.config import DataConfig
 
@@ -250,6 +251,36 @@ def map_rates(store: MapStore, jpegs: dict[str, list[Path]], repeat: int) -> dic
     return rates({"ours": ours, "jpeg": files}, repeat)
 
 
+def world_profiles(count: int, folder: Path) -> dict[str, float]:
+    """Bytes per map, everything counted, and error of both profiles on maps of the bundled teacher.
+
+    Args:
+        count: examples of the world.
+    """
+    from pipeline.config import compose
+    from pipeline.layout import Layout
+    from pipeline.teacher.stage import precompute
+
+    sizes = f"{{train: {count}, val: 1, test: 1, ood_pairs: 1, ood_count: 1, ood_background: 1}}"
+    cfg = compose([f"shards_dir={folder}", f"data.sizes={sizes}", "teacher.splits=[train]", "engine.workers=1"])
+    shard(cfg)
+    precompute(cfg)
+    stored = MapStore(Layout(cfg).maps_split_dir("train"))
+    rows = [stored.get(key) for key in stored.keys]
+    words = sum(len(row.words) for row in rows)
+    found: dict[str, float] = {"world_maps": words}
+    for profile in PROFILES:
+        path = folder / profile / "00000.zarr"
+        write_shard(path, rows, profile=profile)
+        size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+        pairs = zip(Group(path, "00000").load(), rows, strict=True)
+        found[f"world_{profile}_bytes_per_map"] = size / words
+        found[f"world_{profile}_max_error"] = max(
+            float(np.abs(one.unit() - row.unit()).max(initial=0)) for one, row in pairs
+        )
+    return found
+
+
 # --- stream ---
 
 
@@ -281,8 +312,9 @@ def stream_rates(archive: Archive, store: MapStore, repeat: int) -> dict[str, li
                 file, inside = divmod(position, group._per_file // CHUNK)
                 offset, length = group._file_index(file, "")[inside]
                 data = os.pread(group._files[file], length, offset)
-                google_crc32c.value(data[:-4])
-                blosc.decompress(data[:-4])
+                packed = data[:-4]
+                google_crc32c.value(packed)
+                blosc.decompress(packed)
         return steps * batch
 
     def webdataset() -> int:
@@ -358,7 +390,7 @@ def measure_scale(count: int, folder: Path) -> dict[str, float]:
     }
 
 
-def measure(examples: int, side: int, repeat: int, folder: Path) -> dict[str, float]:
+def measure(examples: int, side: int, repeat: int, world: int, folder: Path) -> dict[str, float]:
     """The keys of RESULT that are rates and sizes."""
     source = photographs(folder / "photographs", examples, side)
     sharding = shard_rates(source, folder, repeat)
@@ -387,6 +419,7 @@ def measure(examples: int, side: int, repeat: int, folder: Path) -> dict[str, fl
         "compact_bytes_per_map": bytes_per_map(compact),
         "compact_max_error": error,
         "jpeg_bytes_per_map": float(np.mean([-(-size // BLOCK) * BLOCK for size in sizes])),
+        **(world_profiles(world, folder / "world") if world else {}),
     }
 
 
@@ -394,6 +427,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--examples", type=int, default=2000, help="for the ratios")
     parser.add_argument("--side", type=int, default=384, help="pixels of an image's side")
+    parser.add_argument("--world", type=int, default=200, help="examples of the world for its maps; 0 leaves them out")
     parser.add_argument("--scale", type=int, default=130_000, help="examples of the large set; 0 leaves it out")
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--json", type=Path, help="where to write the result")
@@ -404,7 +438,7 @@ def main() -> int:
         print(json.dumps(scale_here(given.scale_only, given.folder)))
         return 0
     with tempfile.TemporaryDirectory(prefix="bench-data-") as folder:
-        found = measure(given.examples, given.side, given.repeat, Path(folder))
+        found = measure(given.examples, given.side, given.repeat, given.world, Path(folder))
         if given.scale:
             found |= measure_scale(given.scale, Path(folder))
     result = {name: round(value, 4) if isinstance(value, float) else value for name, value in found.items()}

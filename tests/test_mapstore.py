@@ -9,7 +9,7 @@ import pytest
 import zarr
 from quick_disk import quick_disk  # noqa: F401 (used by every test)
 
-from benchmarks.data import smooth_maps
+from benchmarks.data import smooth_maps, world_profiles
 from pipeline import receipts
 from pipeline.examples import Word
 from pipeline.mapstore import chunks
@@ -137,6 +137,15 @@ def test_the_compact_profile_keeps_its_promise(tmp_path):
     assert size / 600 <= 300
     found = Group(tmp_path / "00000.zarr", "00000").load()
     assert max(np.abs(a.unit() - b.unit()).max() for a, b in zip(found, made, strict=True)) <= 0.035
+
+
+@pytest.mark.full
+def test_the_compact_profile_keeps_its_promise_on_maps_of_the_bundled_teacher(tmp_path):
+    found = world_profiles(16, tmp_path)
+    assert found["world_maps"] > 150
+    assert found["world_compact_bytes_per_map"] <= 300
+    assert 0 < found["world_compact_max_error"] <= 0.035
+    assert found["world_exact_max_error"] == 0
 
 
 def test_the_bytes_are_the_same_every_time(tmp_path):
