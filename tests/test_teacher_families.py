@@ -343,11 +343,13 @@ def test_inverted_teachers_give_maps_at_the_wanted_steps(saved, inversion):
 # --- units, buckets, compilation --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("phrases", ["none", "phrase"])
+@pytest.mark.parametrize("phrases", ["none", "phrase", "mean", "product"])
 def test_token_maps_merge_to_the_word_map(saved, phrases):
     words = text(phrases=phrases)
-    by_word = load_teacher(config(saved("sd1")), "cpu").extract([picture()], [words], [1])[0]
-    by_token = load_teacher(config(saved("sd1"), unit="token"), "cpu").extract([picture()], [words], [1])[0]
+    by_word, by_token = (
+        load_teacher(config(saved("sd1"), unit=unit, phrases=phrases), "cpu").extract([picture()], [words], [1])[0]
+        for unit in ("word", "token")
+    )
     assert len(by_token.words) > len(by_word.words)
     for word, map_YX in zip(by_word.words, by_word.maps, strict=True):
         own = [

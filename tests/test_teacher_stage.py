@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -147,14 +148,17 @@ def test_identical_pairs_are_computed_once(done, monkeypatch):
     store = MapStore(Path(cfg.shards_dir) / "llava_json/maps/tiny/train")
     np.testing.assert_array_equal(store.get("0000000002").maps, store.get("0000000003").maps)
     archive = Archive(Path(cfg.shards_dir) / "llava_json/examples/train")
-    teacher = load_teacher(cfg.teacher, "cpu")
-    computed = []
+    teacher = load_teacher(replace(cfg.teacher, timesteps=[10, 20], draws=2), "cpu")
+    computed, forwards = [], []
     monkeypatch.setattr(teacher.adapter, "condition", lambda texts, own=teacher.adapter.condition: (
         computed.append(list(texts)), own(texts))[1])  # fmt: skip
+    monkeypatch.setattr(teacher.adapter, "forward", lambda *args, own=teacher.adapter.forward: (
+        forwards.append(args[1]), own(*args)))  # fmt: skip
     example = archive[2]
     items = [extract.Item(decode(example.image), "same", 1, text) for text in teacher_texts(example) for _ in range(9)]
     assert len(list(teacher.read(items))) == 9
-    assert len(computed) == 1
+    assert len(computed) == 1  # nor is the text encoded again for each forward
+    assert forwards == [10, 20, 10, 20]
 
 
 def test_two_workers_write_the_same_bytes(done, overrides, tmp_path):
