@@ -6,7 +6,18 @@ import numpy as np
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.evaluate.compare import ArmResults, by_group, failures, summarise, table, yes_no
+from pipeline.evaluate.compare import (
+    ArmResults,
+    by_group,
+    difference,
+    exceptions,
+    failures,
+    failures_by_task,
+    grid,
+    summarise,
+    table,
+    yes_no,
+)
 from pipeline.evaluate.scoring import score
 
 SETTINGS = {"decoding": "greedy", "max_new_tokens": 8}
@@ -75,7 +86,25 @@ def test_table_says_what_intervals_cover():
     assert [h.strip() for h in one.splitlines()[0].split("|")] == ["arm", "test accuracy", "ood accuracy", "pointing"]
     assert "over examples only (one seed: 1)" in one
     several = table(summarise(arms((1, 2, 3)), ["test", "ood"], "test", "sft"), ["test", "ood"])
-    assert "over 3 seeds and examples" in several
+    assert "over 3 seeds and examples\n" in several
+
+
+def test_arms_with_other_seeds_are_told():
+    mixed = arms((1, 2, 3))[:2]
+    mixed += [ArmResults(name, {s: answers(s + 7, 0.4) for s in seeds}) for name, seeds in (("a", (3,)), ("b", (8, 9)))]
+    mixed.append(ArmResults("c", {s: answers(s + 9, 0.4) for s in (2, 3, 4)}))
+    summary = summarise(mixed, ["test"], "test", "sft")
+    assert exceptions(summary["paired"]) == [
+        "a has one seed (3): its interval is over examples only",
+        "a minus sft: over the shared seeds 3, over examples only",
+        "b (seeds 8, 9) shares no seed with sft and is not compared",
+        "c minus sft: over the shared seeds 2, 3",
+    ]
+    assert summary["paired"]["arms"]["b"] == {}
+    assert "; b (seeds 8, 9) shares no seed" in table(summary, ["test"])
+    alone = difference(grid({3: answers(10, 0.4)}, "correct"), grid({3: answers(3, 0.3)}, "correct"))
+    both = difference(grid({3: answers(10, 0.4)}, "correct"), grid({s: answers(s, 0.3) for s in (1, 3)}, "correct"))
+    assert both == alone
 
 
 def test_missing_task_and_missing_reference():
@@ -131,12 +160,14 @@ def test_kinds_and_failures():
     assert set(kinds["test"]) == {"count", "shape"}
     assert kinds["test"]["count"]["lavender"]["n"] == 100
     assert failures(arms()) == {name: {"empty": 2} for name in ("base", "sft", "lavender")}
+    assert failures_by_task(arms())["sft"] == {"test": {"empty": 1}, "ood": {"empty": 1}}
 
 
 def test_yes_no_as_pope_reports_it():
     told = [("yes", "yes")] * 6 + [("yes", "no")] * 2 + [("no", "yes")] * 3 + [("no", "no")] * 8 + [("no", "")]
     rows = [
-        {"task": "t", "kind": "pope", "cluster": str(i), "gold": gold, "answer": said, "correct": gold == said}
+        {"uid": f"{i:02}", "task": "t", "kind": "pope", "cluster": str(i), "gold": gold, "answer": said}
+        | {"correct": gold == said}
         for i, (gold, said) in enumerate(told)
     ]
     found = yes_no([ArmResults("sft", {1: rows}, {1: []})], ["t"])["t"]["sft"]
@@ -145,4 +176,11 @@ def test_yes_no_as_pope_reports_it():
     assert found["f1"]["value"] == pytest.approx(12 / 17, abs=1e-4)
     assert found["yes_rate"]["value"] == 9 / 20
     assert found["f1"]["ci95"][0] < found["f1"]["value"] < found["f1"]["ci95"][1]
+    # A second seed that always says yes: n stays that of the questions, the interval covers both seeds.
+    other = [row | {"answer": "yes", "correct": row["gold"] == "yes"} for row in rows]
+    both = yes_no([ArmResults("sft", {1: rows, 2: other}, {1: [], 2: []})], ["t"])["t"]["sft"]
+    assert both["f1"]["n"] == 20
+    assert both["yes_rate"]["value"] == 29 / 40
+    assert both["yes_rate"]["ci95"] == [0, 1]
+    assert both["f1"]["value"] == pytest.approx(28 / (28 + 3 + 12 + 2), abs=1e-4)
     assert yes_no([ArmResults("sft", {1: answers(1, 0.5)}, {1: []})], ["test"]) == {}

@@ -48,6 +48,38 @@ def test_no_spread_still_has_an_interval():
     assert intervals.ratio_interval(np.zeros(9), np.zeros(9), np.arange(9)).ci95 == [0, 1]
     with pytest.raises(ValueError, match="at least one"):
         intervals.mean_interval([], [])
+    # Also over seeds, and where every image has one right and one wrong answer.
+    assert intervals.two_level(np.ones((3, 20)), np.arange(20)).ci95 == full.ci95
+    alike = intervals.mean_interval([0, 1] * 20, np.arange(20).repeat(2))
+    assert alike.lo < 0.35 < 0.65 < alike.hi
+    assert intervals.mean_interval([3.0], [0]).hi == 3  # a grade above 1
+
+
+def test_an_interval_of_shares_stays_between_0_and_1():
+    """Of two seeds, t is 12.7."""
+    found = intervals.two_level(np.array([[1.0] * 50, [1.0] * 45 + [0.0] * 5]), np.arange(50))
+    assert found.lo < 0.7
+    assert found.hi == 1
+
+
+@pytest.mark.parametrize(("images", "real"), [(2, False), (5, False), (6, True), (40, True)])
+def test_a_few_images_that_change_alike_prove_nothing(images, real):
+    """Without any spread the sign test decides, as McNemar's does where each image has one question."""
+    for sign in (1, -1):
+        found = intervals.paired([sign > 0] * images, [sign < 0] * images, np.arange(images))
+        assert found.real is real
+        assert (found.p < 0.05) is real
+        assert found.p == pytest.approx(max(found.mcnemar_p, 1 / (intervals.DRAWS + 1)))
+        assert found.lo <= found.value <= found.hi
+
+
+def test_a_ratio_over_seeds_is_as_uncertain_as_a_mean_over_seeds():
+    rng = np.random.default_rng(8)
+    answers = rng.random((4, 300)) < np.array([0.3, 0.4, 0.5, 0.6])[:, None]
+    images = np.arange(300) // 3
+    found, mean = intervals.ratio_interval(answers, np.ones_like(answers), images), intervals.two_level(answers, images)
+    assert (found.value, found.n, found.clusters) == pytest.approx((mean.value, 300, 100))
+    assert (found.lo, found.hi) == pytest.approx((mean.lo, mean.hi), abs=1e-6)
 
 
 def test_same_run_twice_is_zero():

@@ -126,6 +126,7 @@ def test_the_real_harness_gives_what_the_built_in_evaluator_gives(world, python,
         assert total["value"] == pytest.approx(sum(right) / len(right))
     told = rows[0]["settings"]
     assert told["decoding"] == "greedy"  # whatever the task asks for
+    assert told["stops"]
     assert told["limits"]["little_world"]["max_new_tokens"] == 6
     assert rows[0]["scorer"].startswith("lmms_eval-")
     assert stage.evaluate(cfg).written == 0
@@ -211,6 +212,7 @@ def test_of_choices_the_likeliest_is_taken(world, python, tmp_path):  # noqa: F8
     told = [json.loads(line) for line in (Layout(cfg).eval_dir / "base" / "per_sample.jsonl").read_text().splitlines()]
     assert [row["answer"] for row in told] == likeliest
     assert [row["correct"] for row in told] == [number % 3 != 0 for number in range(12)]
+    assert len({row["cluster"] for row in told}) == len({q.cluster for q in asked["test"][:12]}) < 12
 
 
 @pytest.mark.full

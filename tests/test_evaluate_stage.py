@@ -142,11 +142,37 @@ def test_other_settings_are_refused(root, evaluated):
     assert not status.current(settings(root, "eval.max_new_tokens=7", "overwrite=true"), Job("sft", 1))
 
 
+def test_an_arm_that_stops_elsewhere_or_has_another_template_is_refused(root, evaluated, tmp_path):
+    """What an arm's own directory decides of its decoding is recorded in every answer."""
+    for name in ("generation_config.json", "chat_template.jinja"):
+        copy = tmp_path / name.partition(".")[0]
+        shutil.copytree(Layout(evaluated).run_dir("sft", 1) / "model", copy)
+        text = (copy / name).read_text()
+        if name.endswith("json"):
+            text = json.dumps(json.loads(text) | {"eos_token_id": 5})
+        else:
+            text = "Look. " + text
+        (copy / name).write_text(text)
+        cfg = settings(root, f"runs_dir={tmp_path}/runs", "eval.arms=[base]", f"+eval.students.mine={copy}")
+        with pytest.raises(UserError, match=r"base and mine .*(stops|chat_template): "):
+            stage.evaluate(cfg)
+        shutil.rmtree(tmp_path / "runs")
+
+
+def test_a_split_in_two_tasks_is_refused(root):
+    with pytest.raises(UserError, match=r"split 'test' is in 'test' and in 'again'.*eval\.tasks\.test=\[\] empties"):
+        settings(root, "+eval.tasks.again=[test]")
+    assert list(status.tasks(settings(root, "eval.tasks.test=[]", "eval.point_task=", "+eval.tasks.again=[test]"))) == [
+        "ood",
+        "again",
+    ]
+
+
 def test_missing_run_and_missing_split(root):
     with pytest.raises(Exception, match="no finished run of arm 'oracle'"):
         stage.evaluate(settings(root, "eval.arms=[oracle]"))
     with pytest.raises(Exception, match="none of the splits"):
-        stage.evaluate(settings(root, "eval.tasks.test=[nowhere]", "eval.tasks.ood=[nowhere]"))
+        stage.evaluate(settings(root, "eval.tasks.test=[nowhere]", "eval.tasks.ood=[elsewhere]"))
 
 
 def test_a_batch_answers_as_single_questions_do(evaluated):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -39,7 +40,7 @@ def answer(
     however often a run is interrupted, so their numbers are too.
 
     Args:
-        archives: by split. tasks: name -> questions. settings: recorded in every row.
+        archives: by split. tasks: name -> questions. settings: recorded in every row, with `own_decoding`.
         partial: file of finished rows; the caller names it after everything that decides them.
         advance: called with the number of questions finished.
         scorers: task -> the rule for all of its questions; a task without one has each scored by its kind.
@@ -62,6 +63,7 @@ def answer(
                 continue
             if not all(q.uid in done for q in part):
                 outputs = generate(student, archives, part, max_new_tokens)
+                settings = {**settings, **own_decoding(student)}
                 for question, (raw, ended, problem) in zip(part, outputs, strict=True):
                     task = task_of[question.uid]
                     found = rules[task](question.kind, raw, question.answers, ended)
@@ -158,6 +160,21 @@ def _decode(student: Student, inputs: Mapping, stops: Sequence[int], max_new_tok
     return found
 
 
+def own_decoding(student: Student) -> dict:
+    """What of the decoding comes from the student's own directory, to be recorded: an arm that stops at other tokens or
+    has another chat template was not asked the same."""
+    template = student.processor.chat_template
+    text = template if isinstance(template, str) else json.dumps(template, sort_keys=True)
+    text = "\n".join(line.rstrip() for line in text.strip().splitlines())
+    return {"stops": _stated_stops(student), "chat_template": hashlib.sha256(text.encode()).hexdigest()[:12]}
+
+
+def _stated_stops(student: Student) -> list[int]:
+    stated = getattr(student.model.generation_config, "eos_token_id", None)
+    stops = {*(stated if isinstance(stated, (list, tuple)) else [stated]), student.family.tokenizer.eos_token_id}
+    return sorted(stop for stop in stops if stop is not None)
+
+
 def stop_ids(student: Student, examples: Sequence, part: Sequence[Question]) -> list[int]:
     """Tokens that end an answer: those of the model's generation settings and the one that closes a turn in its chat.
 
@@ -166,9 +183,7 @@ def stop_ids(student: Student, examples: Sequence, part: Sequence[Question]) -> 
     from pipeline.evaluate.questions import alone
     from pipeline.student.batch import IGNORED, EncodeError
 
-    stated = getattr(student.model.generation_config, "eos_token_id", None)
-    stops = set(stated if isinstance(stated, (list, tuple)) else [stated])
-    stops |= {student.family.tokenizer.eos_token_id}
+    stops = set(_stated_stops(student))
     for example, question in zip(examples, part, strict=True):
         try:
             labels = student.family.encode_one(alone(example, question.turn)).labels
@@ -177,7 +192,7 @@ def stop_ids(student: Student, examples: Sequence, part: Sequence[Question]) -> 
         learnt = labels[labels != IGNORED].tolist()
         stops |= {learnt[-1]} & student.family.special
         break
-    return sorted(stop for stop in stops if stop is not None)
+    return sorted(stops)
 
 
 def read_rows(path: Path) -> list[dict]:

@@ -139,6 +139,7 @@ def summarise(arms: Sequence[ArmResults], tasks: Sequence[str], point_task: str,
     out["paired"] = {
         "reference": reference,
         "covers": covers(arms),
+        "seeds": {arm.arm: arm.seeds for arm in arms},
         "arms": {
             name: {
                 what: _change(change)
@@ -155,6 +156,29 @@ def summarise(arms: Sequence[ArmResults], tasks: Sequence[str], point_task: str,
 def covers(arms: Sequence[ArmResults]) -> str:
     """What the intervals speak for: "examples" with one seed, "seeds and examples" with several."""
     return "seeds and examples" if any(len(arm.seeds) > 1 for arm in arms) else "examples"
+
+
+def exceptions(paired: Mapping) -> list[str]:
+    """Where the "paired" part of a summary is less than it seems: arms of one seed among others of several, arms that
+    share only some seeds with the reference, or none, and so are not compared."""
+    found, all_seeds, reference = [], paired.get("seeds", {}), paired["reference"]
+    told = all_seeds.get(reference, [])
+    for arm, seeds in all_seeds.items():
+        shared = [seed for seed in seeds if seed in told]
+        if len(seeds) == 1 and paired["covers"] != "examples":
+            found.append(f"{arm} has one seed ({seeds[0]}): its interval is over examples only")
+        if arm == reference or not told or not seeds:
+            continue
+        if not shared:
+            found.append(f"{arm} (seeds {_listed(seeds)}) shares no seed with {reference} and is not compared")
+        elif set(seeds) != set(told):
+            only = ", over examples only" if len(shared) == 1 else ""
+            found.append(f"{arm} minus {reference}: over the shared seeds {_listed(shared)}{only}")
+    return found
+
+
+def _listed(seeds: Sequence[int]) -> str:
+    return ", ".join(map(str, seeds))
 
 
 def _grids(arm: ArmResults, tasks: Sequence[str], point_task: str) -> dict[str, Grid | None]:
@@ -178,53 +202,71 @@ def by_group(arms: Sequence[ArmResults], tasks: Sequence[str]) -> dict:
 def yes_no(arms: Sequence[ArmResults], tasks: Sequence[str]) -> dict:
     """{task: {arm: {"f1", "precision", "recall", "yes_rate"}}} of yes/no questions, as POPE reports them.
 
-    Each is {"value", "ci95", "n"}, over all seeds' answers, resampled by image. Outputs that are neither yes nor no
-    count as wrong (a missed yes, or a false alarm) and not as yes.
+    Each is {"value", "ci95", "n"} over questions, and over seeds where there are several, resampled by image. An output
+    that is neither yes nor no is no yes: where yes is right it is one missed, and where no is right it leaves F1 as it
+    is; accuracy counts both as wrong.
     """
     out: dict = {}
     for task in tasks:
         for arm in arms:
-            rows = [row for found in arm.answers.values() for row in found if row["task"] == task]
-            rows = [row for row in rows if row["kind"] in YES_NO]
-            if rows:
-                out.setdefault(task, {})[arm.arm] = _detection(rows)
+            counted = {
+                seed: [row | _counts(row) for row in rows if row["task"] == task and row["kind"] in YES_NO]
+                for seed, rows in arm.answers.items()
+            }
+            if any(counted.values()):
+                out.setdefault(task, {})[arm.arm] = _detection(counted)
     return out
 
 
-def _detection(rows: Sequence[dict]) -> dict:
-    counts = []
-    for row in rows:
-        yes, said = normalise(row["gold"]) == "yes", row["answer"] == "yes"
-        counts.append(
-            [yes and row["correct"], said and not yes, yes and not row["correct"], not yes and not said, said]
-        )
-    clusters = [row["cluster"] for row in rows]
-
-    def ratio(over: Sequence[int], under: Sequence[int]) -> dict:
-        found = ratio_interval(
-            np.array(counts, float)[:, over].sum(1), np.array(counts, float)[:, under].sum(1), clusters
-        )
-        return {"value": round(found.value, 4), "ci95": found.ci95, "n": len(rows)}
-
-    hit, alarm, missed, rejected, said = range(5)
+def _counts(row: Mapping) -> dict[str, bool]:
+    yes, said = normalise(row["gold"]) == "yes", row["answer"] == "yes"
     return {
-        "f1": ratio([hit, hit], [hit, hit, alarm, missed]),
-        "precision": ratio([hit], [hit, alarm]),
-        "recall": ratio([hit], [hit, missed]),
-        "yes_rate": ratio([said], [hit, alarm, missed, rejected]),
+        "hit": yes and bool(row["correct"]),
+        "alarm": said and not yes,
+        "missed": yes and not row["correct"],
+        "said": said,
+        "every": True,
+    }
+
+
+def _detection(counted: Mapping[int | None, Sequence[dict]]) -> dict:
+    cells = {name: grid(counted, name) for name in ("hit", "alarm", "missed", "said", "every")}
+
+    def ratio(over: Sequence[str], under: Sequence[str]) -> dict:
+        above, below = (sum(cells[name].values for name in names) for names in (over, under))
+        return _number("value", ratio_interval(above, below, cells["every"].clusters))
+
+    return {
+        "f1": ratio(["hit", "hit"], ["hit", "hit", "alarm", "missed"]),
+        "precision": ratio(["hit"], ["hit", "alarm"]),
+        "recall": ratio(["hit"], ["hit", "missed"]),
+        "yes_rate": ratio(["said"], ["every"]),
     }
 
 
 def failures(arms: Sequence[ArmResults]) -> dict:
     """{arm: {reason: count}} of outputs that could not be read."""
+    return {arm: _added(tasks) for arm, tasks in failures_by_task(arms).items()}
+
+
+def failures_by_task(arms: Sequence[ArmResults]) -> dict:
+    """{arm: {task: {reason: count}}} of outputs that could not be read, over all seeds; {} for a task without any."""
     out: dict = {}
     for arm in arms:
-        counts: dict[str, int] = {}
+        mine = out.setdefault(arm.arm, {})
         for row in (row for rows in arm.answers.values() for row in rows):
+            counts = mine.setdefault(row["task"], {})
             if row["failure"]:
                 counts[row["failure"]] = counts.get(row["failure"], 0) + 1
-        out[arm.arm] = counts
     return out
+
+
+def _added(tasks: Mapping[str, Mapping[str, int]]) -> dict[str, int]:
+    total: dict[str, int] = {}
+    for counts in tasks.values():
+        for reason, count in counts.items():
+            total[reason] = total.get(reason, 0) + count
+    return total
 
 
 def _number(name: str, found: Interval) -> dict:
@@ -261,7 +303,7 @@ def table(summary: Mapping, tasks: Sequence[str]) -> str:
         )
     else:
         note = f"95% intervals over {len(seeds)} seeds and examples"
-    lines = [*_lines([heads, *rows]), note]
+    lines = [*_lines([heads, *rows]), "; ".join([note, *exceptions(summary["paired"])])]
     reference = summary["paired"]["reference"]
     changes = summary["paired"]["arms"]
     if changes:

@@ -104,6 +104,14 @@ class EvalConfig:
         for key, value, known in (("suite", self.suite, SUITES), ("point_unit", self.point_unit, POINT_UNITS)):
             if value not in known:
                 raise UserError(f"unknown eval.{key} '{value}': choose one of {', '.join(filter(None, known))}")
+        home: dict[str, str] = {}
+        for task, splits in self.tasks.items():
+            for split in splits:
+                if home.setdefault(split, task) != task:  # its answers would be counted for one of the two alone
+                    raise UserError(
+                        f"eval.tasks: split '{split}' is in '{home[split]}' and in '{task}': name it in one of them "
+                        f"(eval.tasks.{home[split]}=[] empties that)"
+                    )
         for task, scorer in self.scorers.items():
             if scorer not in SCORERS:
                 raise UserError(f"eval.scorers.{task} is '{scorer}': choose one of {', '.join(SCORERS)}")

@@ -77,7 +77,8 @@ def vqa_accuracy(answer: str, golds: Sequence[str]) -> float:
     """VQA accuracy of one answer against the answers of several people.
 
     min(agreeing / 3, 1), averaged over all sets that leave one person out (Agrawal et al., 2015; the averaging is that
-    of the data set's own script). With a single gold answer it is right or wrong.
+    of the data set's own script). That script compares answers as they are where all people say the same; here they are
+    always compared by `vqa_words`, as most harnesses compare what a model says. A single gold answer is right or wrong.
     """
     said, told = vqa_words(answer), [vqa_words(gold) for gold in golds]
     if len(told) == 1:

@@ -8,6 +8,7 @@ McNemar's exact test: McNemar (1947), Psychometrika 12; degrees of freedom of a 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ import numpy as np
 
 LEVEL = 0.95
 DRAWS = 2000
+SAME = 1e-12  # resampled means closer than this differ by rounding alone
 
 
 @dataclass(frozen=True)
@@ -66,25 +68,30 @@ def _as_clusters(clusters, n: int) -> np.ndarray:
     return codes
 
 
-def _resample(values_N: np.ndarray, codes_N: np.ndarray, draws: int, seed: int) -> _Draws:
-    """Means of resamples of whole clusters: a ratio of sums, because clusters differ in size."""
+def _sums(columns: Sequence[np.ndarray], codes_N: np.ndarray, draws: int, seed: int) -> list[np.ndarray]:
+    """Sums (draws,) of each column (N,) over the same resamples of whole clusters."""
     count = int(codes_N.max()) + 1
-    sums_C = np.bincount(codes_N, weights=values_N, minlength=count)
-    sizes_C = np.bincount(codes_N, minlength=count).astype(float)
+    per_cluster = [np.bincount(codes_N, weights=column_N, minlength=count) for column_N in columns]
     rng = np.random.default_rng(seed)
-    means = []
+    found = []
     step = max(1, 20_000_000 // count)  # bounds the weight matrix at about 160 MB
     for start in range(0, draws, step):
         weights_DC = rng.multinomial(count, np.full(count, 1 / count), size=min(step, draws - start))
-        means.append(weights_DC @ sums_C / (weights_DC @ sizes_C))
-    return _Draws(np.concatenate(means), count)
+        found.append([weights_DC @ sums_C for sums_C in per_cluster])
+    return [np.concatenate(parts) for parts in zip(*found, strict=True)]
+
+
+def _resample(values_N: np.ndarray, codes_N: np.ndarray, draws: int, seed: int) -> _Draws:
+    """Means of resamples of whole clusters: a ratio of sums, because clusters differ in size."""
+    sums_D, sizes_D = _sums([values_N, np.ones(len(values_N))], codes_N, draws, seed)
+    return _Draws(sums_D / sizes_D, int(codes_N.max()) + 1)
 
 
 def mean_interval(values, clusters, draws: int = DRAWS, seed: int = 0) -> Interval:
     """Mean of ``values`` (N,) with a percentile bootstrap interval over ``clusters`` (N,) of any labels.
 
-    Values that are all 0 or all 1 have no spread to resample: there, and for a single cluster,
-    the Wilson score interval for as many independent trials as there are clusters is given.
+    Where every resample has the same mean (values that are all 0 or all 1, say), and for a single cluster, the Wilson
+    score interval for as many independent trials as there are clusters is given.
 
     Raises:
         ValueError: no values, or labels of another length.
@@ -95,32 +102,52 @@ def mean_interval(values, clusters, draws: int = DRAWS, seed: int = 0) -> Interv
     codes_N = _as_clusters(clusters, len(values_N))
     drawn = _resample(values_N, codes_N, draws, seed)
     value = float(values_N.mean())
-    if drawn.clusters == 1 or (value in (0.0, 1.0) and np.all(values_N == value)):
-        lo, hi = _wilson(value, drawn.clusters)
+    if drawn.clusters == 1 or np.ptp(drawn.means) < SAME:
+        lo, hi = _no_spread(value, values_N, drawn.clusters)
     else:
         lo, hi = np.quantile(drawn.means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Interval(value, float(lo), float(hi), len(values_N), drawn.clusters)
 
 
 def ratio_interval(above, below, clusters, draws: int = DRAWS, seed: int = 0) -> Interval:
-    """sum(above) / sum(below) (both (N,)) with a percentile bootstrap interval over clusters: an F1 or a rate.
+    """sum(above) / sum(below) with a bootstrap interval over clusters: an F1 or a rate.
 
-    A denominator of zero gives zero, as F1 of nothing is usually taken. Where resampling always gives the same 0 or 1,
-    the interval is Wilson's for as many trials as there are clusters with a denominator; without any it is [0, 1].
+    Both are (N,), or (S, N) for S seeds asked the same N examples; then the interval covers seeds and examples as in
+    `two_level`. A denominator of zero gives zero, as F1 of nothing is usually taken. Where resampling always gives the
+    same 0 or 1, the interval is Wilson's for as many trials as there are clusters with a denominator; without any it
+    is [0, 1].
     """
-    above_N, below_N = np.asarray(above, dtype=float), np.asarray(below, dtype=float)
-    codes_N = _as_clusters(clusters, len(above_N))
-    count = int(codes_N.max()) + 1
-    above_C, below_C = (np.bincount(codes_N, weights=x, minlength=count) for x in (above_N, below_N))
-    weights_DC = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=draws)
-    over_D, under_D = weights_DC @ above_C, weights_DC @ below_C
-    drawn = np.divide(over_D, under_D, out=np.zeros(draws), where=under_D > 0)
-    lo, hi = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    value = above_N.sum() / below_N.sum() if below_N.sum() else 0.0
-    if value in (0.0, 1.0) and lo == hi:
-        trials = int((below_C > 0).sum())
+    above_SN, below_SN = np.atleast_2d(np.asarray(above, float)), np.atleast_2d(np.asarray(below, float))
+    codes_N = _as_clusters(clusters, above_SN.shape[1])
+    count, seeds = int(codes_N.max()) + 1, len(above_SN)
+    over_D, under_D = _sums([above_SN.mean(0), below_SN.mean(0)], codes_N, draws, seed)
+    drawn_D = _divided(over_D, under_D)
+    value = float(_divided(above_SN.sum(), below_SN.sum()))
+    picks_DM = _picks(seeds, draws, seed)
+    seed_D = _divided(above_SN.sum(1)[picks_DM].sum(1), below_SN.sum(1)[picks_DM].sum(1)) if seeds > 1 else drawn_D
+    if value in (0.0, 1.0) and np.ptp(drawn_D) < SAME and np.ptp(seed_D) < SAME:
+        trials = len(set(codes_N[below_SN.sum(0) > 0]))
         lo, hi = _wilson(value, trials) if trials else (0.0, 1.0)
-    return Interval(float(value), float(lo), float(hi), len(above_N), count)
+    elif seeds > 1:
+        spread = _added(value, float(seed_D.var()), float(drawn_D.var()), seeds, count)
+        half = t_quantile(spread.df) * spread.se
+        lo, hi = max(0.0, value - half), min(1.0, value + half)
+    else:
+        lo, hi = np.quantile(drawn_D, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Interval(value, float(lo), float(hi), above_SN.shape[1], count)
+
+
+def _divided(above, below) -> np.ndarray:
+    """above / below, and zero where that is nothing by nothing."""
+    above, below = np.asarray(above, float), np.asarray(below, float)
+    return np.divide(above, below, out=np.zeros_like(above), where=below > 0)
+
+
+def _no_spread(value: float, values: np.ndarray, clusters: int) -> tuple[float, float]:
+    """Wilson's interval of a mean that resampling cannot spread; of grades above 1 on their own scale."""
+    top = max(1.0, float(values.max()))
+    lo, hi = _wilson(min(1.0, max(0.0, value / top)), clusters)
+    return lo * top, hi * top
 
 
 def _wilson(share: float, n: int) -> tuple[float, float]:
@@ -135,7 +162,8 @@ def paired(first, second, clusters, draws: int = DRAWS, seed: int = 0) -> Differ
 
     The standard error comes from the bootstrap, interval and p from Student's t with a degree of freedom less than
     there are clusters: in simulation the percentile interval calls a little more than 5% of equal arms different.
-    p is never below 1 / (DRAWS + 1), less than which resampling cannot tell.
+    p is never below 1 / (DRAWS + 1), less than which resampling cannot tell. Where every cluster changes alike there is
+    no error to estimate: p and interval are those of the sign test on the clusters, so five images are never enough.
     McNemar's exact p comes beside it when both are right/wrong values; it knows nothing of clusters, so the
     bootstrap decides.
 
@@ -153,9 +181,12 @@ def paired(first, second, clusters, draws: int = DRAWS, seed: int = 0) -> Differ
 def _difference(spread: _Spread, n: int, exact: float | None) -> Difference:
     if spread.clusters == 1:  # one image tells nothing about others
         return Difference(spread.value, -1.0, 1.0, 1.0, exact, n, 1)
-    if spread.se == 0:  # the same answers everywhere, or the same change in every cluster
-        p = 1.0 if spread.value == 0 else 1 / (DRAWS + 1)
-        return Difference(spread.value, spread.value, spread.value, p, exact, n, spread.clusters)
+    if spread.se < SAME:  # the same answers everywhere, or the same change in every cluster
+        p = 1.0 if spread.value == 0 else max(2 * 0.5**spread.clusters, 1 / (DRAWS + 1))
+        # A share of clusters that change this way below which all of them would hardly do so; the others change back.
+        least = 2 * ((1 - LEVEL) / 2) ** (1 / spread.clusters) - 1
+        lo, hi = sorted((least * spread.value, spread.value))
+        return Difference(spread.value, lo, hi, p, exact, n, spread.clusters)
     half = t_quantile(spread.df) * spread.se
     p = max(2 * (1 - t_cdf(abs(spread.value) / spread.se, spread.df)), 1 / (DRAWS + 1))
     return Difference(spread.value, spread.value - half, spread.value + half, p, exact, n, spread.clusters)
@@ -190,8 +221,14 @@ def two_level(values, clusters, draws: int = DRAWS, seed: int = 0) -> Interval:
     values_SN = np.asarray(values, dtype=float)
     if len(values_SN) == 1:
         return mean_interval(values_SN[0], clusters, draws, seed)
-    half = t_quantile(spread.df) * spread.se
-    return Interval(spread.value, spread.value - half, spread.value + half, values_SN.shape[1], spread.clusters)
+    if spread.clusters == 1 or spread.se < SAME:
+        lo, hi = _no_spread(spread.value, values_SN, spread.clusters)
+    else:
+        half = t_quantile(spread.df) * spread.se
+        # Of two seeds t is 12.7, but no mean lies beyond what its values can be: a share, or a grade up to the highest.
+        lo = max(spread.value - half, min(0.0, float(values_SN.min())))
+        hi = min(spread.value + half, max(1.0, float(values_SN.max())))
+    return Interval(spread.value, lo, hi, values_SN.shape[1], spread.clusters)
 
 
 def two_level_paired(first, second, clusters, draws: int = DRAWS, seed: int = 0) -> Difference:
@@ -230,13 +267,20 @@ def _two_level(values, clusters, draws: int, seed: int) -> _Spread:
     if seeds == 1:
         se = math.sqrt(var_images * drawn.clusters / max(1, drawn.clusters - 1))
         return _Spread(float(values_SN.mean()), se, max(1, drawn.clusters - 1), drawn.clusters)
-    rng = np.random.default_rng(seed + 1)
-    picks_DM = rng.integers(seeds, size=(draws, seeds - 1))
-    var_seeds = float(values_SN.mean(1)[picks_DM].mean(1).var())
+    var_seeds = float(values_SN.mean(1)[_picks(seeds, draws, seed)].mean(1).var())
+    return _added(float(values_SN.mean()), var_seeds, var_images, seeds, drawn.clusters)
+
+
+def _picks(seeds: int, draws: int, seed: int) -> np.ndarray:
+    """Numbers of the seeds in each resample, (draws, S-1)."""
+    return np.random.default_rng(seed + 1).integers(seeds, size=(draws, seeds - 1))
+
+
+def _added(value: float, var_seeds: float, var_images: float, seeds: int, clusters: int) -> _Spread:
     total = var_seeds + var_images
-    parts = var_seeds**2 / (seeds - 1) + var_images**2 / max(1, drawn.clusters - 1)
-    df = max(1.0, total**2 / parts) if parts > 0 else float(drawn.clusters)
-    return _Spread(float(values_SN.mean()), math.sqrt(total), df, drawn.clusters)
+    parts = var_seeds**2 / (seeds - 1) + var_images**2 / max(1, clusters - 1)
+    df = max(1.0, total**2 / parts) if parts > 0 else float(clusters)
+    return _Spread(value, math.sqrt(total), df, clusters)
 
 
 def t_cdf(t: float, df: float) -> float:

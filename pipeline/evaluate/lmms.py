@@ -310,9 +310,10 @@ def _part(value, task, metric: str) -> float | None:
 
 
 def _kept(model, task: str, sample: Mapping) -> Mapping:
-    """What the model kept about a sample's first request; nothing for tasks scored by likelihood."""
+    """What the model kept about a sample: its first request, or the image of a question scored by likelihood."""
     split = model.tasks[task].config.test_split or model.tasks[task].config.validation_split
-    return model.rows.get(f"{task}/{split}/{sample['doc_id']}:0", {})
+    uid = f"{task}/{split}/{sample['doc_id']}"
+    return model.rows.get(f"{uid}:0") or model.seen.get(uid, {})
 
 
 def _answer(sample: Mapping) -> str:

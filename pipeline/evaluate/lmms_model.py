@@ -20,7 +20,7 @@ from lmms_eval.api.model import lmms
 from PIL import Image
 
 from pipeline.errors import UserError
-from pipeline.evaluate.answers import generate, read_rows
+from pipeline.evaluate.answers import generate, own_decoding, read_rows
 from pipeline.evaluate.questions import Question, batches
 from pipeline.examples import Example, Turn
 from pipeline.student.batch import IGNORED, EncodeError
@@ -78,6 +78,7 @@ class Lavender(lmms):
         self.tasks: dict[str, object] = {}
         self.limits: dict[str, dict] = {}
         self.rows: dict[str, dict] = {}
+        self.seen: dict[str, dict] = {}  # what is known of a question that is scored by likelihood
         self._kept = Path(kept) if kept else None
         if self._kept:
             self.rows = {row["uid"]: row for row in read_rows(self._kept)}
@@ -102,7 +103,9 @@ class Lavender(lmms):
             self.tasks[task] = look.__self__
             if callable(continuation):
                 continuation = continuation(self.task_dict[task][split][number])
-            example, _ = _example(str(text), str(continuation), self._visuals(look, task, split, number))
+            example, images = _example(str(text), str(continuation), self._visuals(look, task, split, number))
+            uid = f"{task}/{split}/{number}"
+            self.seen[uid] = {"cluster": _cluster(example, uid), "images": images}
             found.append(GenerationResult(self._likelihood(example)))
         return found
 
@@ -111,7 +114,8 @@ class Lavender(lmms):
 
     def recorded(self) -> dict:
         """How answers were made and what each task allowed them, to be kept with every answer."""
-        return {"decoding": "greedy", "num_beams": 1, "limits": dict(sorted(self.limits.items()))}
+        own = own_decoding(self.student)
+        return {"decoding": "greedy", "num_beams": 1, "limits": dict(sorted(self.limits.items())), **own}
 
     # ---------------------------------------------------------------------------------------------------------------
 
@@ -179,8 +183,7 @@ class _Examples:
         one = self._asked[index]
         visuals = self._model._visuals(one.task, *one.doc)
         example, images = _example(one.text, ".", visuals, one.uid)
-        cluster = sha256(example.image).hexdigest()[:12] if example.image else one.uid
-        self.seen[index] = cluster, images
+        self.seen[index] = _cluster(example, one.uid), images
         return example
 
 
@@ -194,6 +197,10 @@ def _example(text: str, answer: str, visuals: Sequence, key: str = HARNESS) -> t
         data = out.getvalue()
     turns = (Turn("user", text.replace("<image>", "").strip()), Turn("assistant", answer.strip()))
     return Example(key, data, "png" if data else "", turns, HARNESS, HARNESS, "", {}), len(visuals)
+
+
+def _cluster(example: Example, uid: str) -> str:
+    return sha256(example.image).hexdigest()[:12] if example.image else uid
 
 
 def _cut(text: str, until: Sequence[str]) -> str:

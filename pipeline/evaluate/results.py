@@ -66,6 +66,7 @@ def details(cfg: Config, found: Sequence[Job]) -> dict:
         "by_kind": compare.by_group(arms, tasks),
         "yes_no": compare.yes_no(arms, tasks),
         "failures": compare.failures(arms),
+        "failures_by_task": compare.failures_by_task(arms),
         "grounding": {name: value for name, value in grounding.items() if value},
         "jobs": [{"name": job.name, "arm": job.arm, "seed": job.seed} for job in found],
         "decoding": first[0]["settings"] if first else status.decoding(cfg),

@@ -52,13 +52,14 @@ class Lavender(BaseModel):
 
         from pipeline.config import compose
         from pipeline.evaluate import arms
+        from pipeline.evaluate.answers import own_decoding
 
         cfg = compose([f"model={model}", *options])
         run = arms.Run("given", None, Path(weights).expanduser() if weights else None, Path())
         self._student = arms.load(cfg, run, device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._tokens = max_new_tokens
         if outputs:
-            record(Path(outputs).expanduser(), max_new_tokens, cfg.model.dtype)
+            record(Path(outputs).expanduser(), max_new_tokens, cfg.model.dtype, own_decoding(self._student))
 
     def use_custom_prompt(self, dataset: str) -> bool:
         """Never: every arm gets the prompt of the benchmark."""
@@ -87,8 +88,12 @@ class Lavender(BaseModel):
         return raw
 
 
-def record(folder: Path, max_new_tokens: int, dtype: str) -> Path:
-    """Writes how answers are made to `decoding.json` in an arm's folder; returns its path."""
+def record(folder: Path, max_new_tokens: int, dtype: str, own: Mapping) -> Path:
+    """Writes how answers are made to `decoding.json` in an arm's folder; returns its path.
+
+    Args:
+        own: what the arm's own directory decides, see `answers.own_decoding`.
+    """
     from importlib.metadata import PackageNotFoundError, version
 
     try:
@@ -102,6 +107,7 @@ def record(folder: Path, max_new_tokens: int, dtype: str) -> Path:
         "dtype": dtype,
         "prompt": "the benchmark's own",
         "vlmevalkit": harness,
+        **own,
     }
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "decoding.json"

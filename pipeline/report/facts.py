@@ -121,9 +121,15 @@ def _evaluation(summary: Mapping, details: Mapping) -> Rows:
         count, images = details["questions"][task], details["images"][task]
         rows.append((f"task {task}", f"{count:,} questions about {images:,} images of {', '.join(splits)}"))
     rows += [(f"answers: {key}", setting(value)) for key, value in details["decoding"].items()]
-    for arm, found in details["failures"].items():
-        why = ", ".join(f"{count:,} {reason}" for reason, count in found.items())
-        rows.append((f"outputs of {arm} that could not be read", why or "none"))
+    # An evaluation by an earlier version has the totals only.
+    unread = details.get("failures_by_task") or {arm: {"all": found} for arm, found in details["failures"].items()}
+    for arm, tasks in unread.items():
+        told = (
+            f"{task}: {', '.join(f'{count:,} {reason}' for reason, count in found.items())}"
+            for task, found in tasks.items()
+            if found
+        )
+        rows.append((f"outputs of {arm} that could not be read", "; ".join(told) or "none"))
     return rows + [(f"seconds: {stage}", f"{seconds:,.0f}") for stage, seconds in summary["seconds"].items()]
 
 

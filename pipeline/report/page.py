@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
+from pipeline.evaluate.compare import exceptions
 from pipeline.report import plots, theme
 
 
@@ -156,8 +157,9 @@ def _cell(entry: Mapping | None, key: str = "value") -> dict | None:
 def _results(summary: Mapping, tasks: Sequence[str]) -> dict:
     seeds, covers = summary["seeds"], summary["paired"]["covers"]
     over = f"{covers}, {len(seeds)} seeds" if covers != "examples" else "examples only"
+    what = f"Share of right answers, and of hits of the pointing game, with 95% intervals over {over}"
     return {
-        "caption": f"Share of right answers, and of hits of the pointing game, with 95% intervals over {over}.",
+        "caption": f"{'; '.join([what, *exceptions(summary['paired'])])}.",
         "heads": ["arm", *(f"{task} accuracy" for task in tasks), "pointing"],
         "rows": [
             {

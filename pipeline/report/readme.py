@@ -9,6 +9,7 @@ from datetime import date
 from pathlib import Path
 
 from pipeline.errors import UserError
+from pipeline.evaluate.compare import exceptions
 
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 
@@ -43,8 +44,9 @@ def section(document: Mapping, name: str) -> str:
     rows = [[arm, *(_number(entry.get(column)) for column in columns)] for arm, entry in summary["arms"].items()]
     seeds = summary["seeds"]
     over = f"{len(seeds)} seeds and examples" if paired["covers"] != "examples" else "examples only (one seed)"
+    made = [f"`{document['command']}`, {document['date']}", f"95% intervals over {over}", *exceptions(paired)]
     parts = [
-        f"`{document['command']}`, {document['date']}; 95% intervals over {over}.",
+        f"{'; '.join(made)}.",
         _table(["arm", *heads], rows),
     ]
     if paired["arms"]:
@@ -54,8 +56,10 @@ def section(document: Mapping, name: str) -> str:
     if teacher["pointing"] is not None:
         told = {name: _with_interval(teacher, name) for name in ("pointing", "miou", "chance")}
         count = f" (n={teacher['n']})" if "n" in teacher else ""
+        asked = {entry["pointing"]["n"] for entry in summary["arms"].values() if "pointing" in entry}
+        same = "the same words" if teacher.get("n") in (None, *asked) else "a part of these words"
         parts.append(
-            f"The teacher's own maps on the same words: pointing {told['pointing']}, mIoU {told['miou']}; a random "
+            f"The teacher's own maps on {same}: pointing {told['pointing']}, mIoU {told['miou']}; a random "
             f"point would score {told['chance']}{count}."
         )
     taken = ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in summary["seconds"].items())
