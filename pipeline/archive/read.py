@@ -21,7 +21,7 @@ from pipeline.remote import stage
 _PLACES = [f"{member}_{name}" for member in ("image", "json") for name in ("offset", "size", "crc")]
 _COLUMNS = ["key", "ext", *_PLACES]
 _as_turn = partial(tuple.__new__, Turn)  # what Turn._make does, three times as fast
-_parse = json.JSONDecoder().raw_decode  # of text: json.loads would look for the encoding first
+_parse = json.JSONDecoder().scan_once  # of text that begins with a value, as what was written here does
 
 
 class Archive(Sequence[Example]):
@@ -50,14 +50,19 @@ class Archive(Sequence[Example]):
         self.sizes: list[int] = [receipt.counts["examples"] for receipt in found]
         self.bytes: list[int] = [_shuffle_bytes(receipt) for receipt in found]
         self._ends = list(accumulate(self.sizes))
+        self._starts = [0, *self._ends]
         self._open: dict[int, Shard] = {}
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
     def __getitem__(self, index: int) -> Example:
+        number = bisect_right(self._ends, index)
+        opened = self._open.get(number) if index >= 0 else None
+        if opened is not None:  # nearly always, and what is written out here counts
+            return opened[index - self._starts[number]]
         number, row = self.locate(index)
-        return (self._open.get(number) or self.shard(number))[row]
+        return self.shard(number)[row]
 
     def __iter__(self) -> Iterator[Example]:
         for number in range(len(self.shards)):
@@ -153,15 +158,16 @@ class Shard(Sequence[Example]):
 
     def __getitem__(self, row: int) -> Example:
         offset, size, crc, *place = self._members[row].tolist()
-        return self._example(row, self._read(row, offset, size, crc) if offset >= 0 else None, place)
+        image = self._read(row, offset, size, crc) if offset >= 0 else None
+        return self._example(row, image, *place)
 
     def text(self, row: int) -> Example:
         """An example with empty bytes for its image, which is not read."""
         offset, _, _, *place = self._members[row].tolist()
-        return self._example(row, b"" if offset >= 0 else None, place)
+        return self._example(row, b"" if offset >= 0 else None, *place)
 
-    def _example(self, row: int, image: bytes | None, place: list[int]) -> Example:
-        document, _ = _parse(self._read(row, *place).decode())
+    def _example(self, row: int, image: bytes | None, offset: int, size: int, crc: int) -> Example:
+        document, _ = _parse(self._read(row, offset, size, crc).decode(), 0)
         example = object.__new__(Example)  # past the checks of a frozen dataclass, which take five times as long
         example.__dict__.update(
             key=self.keys[row],

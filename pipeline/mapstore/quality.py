@@ -81,11 +81,15 @@ class FilteredMaps:
     def __init__(self, store: Maps, quality: QualityFilter | None = None, counts: Counts | None = None):
         self.store, self.quality = store, quality or QualityFilter()
         self.counts = Counts() if counts is None else counts
+        self._chooses = self.quality.active
 
     def get(self, key: str) -> tuple[ExampleMaps | None, np.ndarray]:
         """The maps of an example, or None, and (W,) bool which of its words are worth aligning."""
         maps = self.store.get(key)
-        usable_W = _NO_WORDS if maps is None else self.quality.usable(maps)
+        if maps is None:
+            usable_W = _NO_WORDS
+        else:
+            usable_W = self.quality.usable(maps) if self._chooses else maps.status == _OK
         self.counts.add(usable_W)
         return maps, usable_W
 
