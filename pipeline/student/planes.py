@@ -120,13 +120,14 @@ def project(probs_BHSK: torch.Tensor, planes: Planes) -> torch.Tensor:
     _, tiles, height, width = planes.columns.shape
     side = planes.rows_y.shape[2]
     # All of a tile's patches side by side, then all columns of cells with one product, then all rows.
-    strips = []
-    for t in range(tiles):
-        index_BHSP = planes.columns[:, t].flatten(1)[:, None, None].expand(-1, heads, slots, -1)
-        patches_BMW = probs_BHSK.gather(3, index_BHSP).view(batch, -1, width)
-        strips.append((patches_BMW @ planes.rows_x[:, t].transpose(1, 2)).view(batch, -1, height, side))
-    if not strips:
+    if not tiles:
         return probs_BHSK.new_zeros(batch, heads, slots, side, side)
+    index_BHSN = planes.columns.flatten(1)[:, None, None].expand(-1, heads, slots, -1)
+    patches_BMTHW = probs_BHSK.gather(3, index_BHSN).view(batch, -1, tiles, height, width)
+    strips = [
+        (patches_BMHW.reshape(batch, -1, width) @ rows_x_BCW.transpose(1, 2)).view(batch, -1, height, side)
+        for patches_BMHW, rows_x_BCW in zip(patches_BMTHW.unbind(2), planes.rows_x.unbind(1), strict=True)
+    ]
     down_BCP = planes.rows_y.transpose(1, 2).flatten(2) * side**2
     return (down_BCP[:, None] @ torch.cat(strips, 2)).view(batch, heads, slots, side, side)
 
