@@ -71,6 +71,8 @@ def test_about_and_example(served):
     assert about["students"] == ["base", "sft-1", "lavender-1"]
     assert about["teachers"]["test"] == {"tiny": True}
     assert about["teachers"]["train"] == {"tiny": False}, "not stored: read when it is asked for"
+    told = re.search(r'<script type="application/json" id="about">([^<]*)</script>', fetch(served + "/").decode())
+    assert json.loads(told[1]) == about, "it comes with the page, in which no name can end the element"
     one = get(f"{served}/example?split=test&index=3")
     for turn, start, end in one["words"]:
         assert one["turns"][turn]["text"][start:end].strip()
