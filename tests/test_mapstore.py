@@ -257,6 +257,29 @@ def test_presence_proves_nothing(tmp_path):
     assert MapStore(tmp_path, partial=True).shards == ["00000"]
 
 
+def test_damage_after_a_chunk_was_read_once_is_found(tmp_path, reader):
+    """A chunk that was found to belong where it lies is not compared with its digest again, but still checked."""
+    made = rows("00000", (64, 64, 64))
+    write_shard(tmp_path / "00000.zarr", made)
+    file = tmp_path / "00000.zarr" / "maps" / "c" / "0" / "0" / "0"
+    sound = file.read_bytes()
+    (a, n), (b, m), _ = np.frombuffer(sound[-52:-4], "<u8").reshape(-1, 2).tolist()
+    for damaged in (
+        sound[: a + n // 2] + bytes([sound[a + n // 2] ^ 1]) + sound[a + n // 2 + 1 :],
+        sound[:a] + sound[b : b + min(n, m)] + sound[a + min(n, m) :],
+        sound[: a + 30],
+    ):
+        group = Group(tmp_path / "00000.zarr", "00000")
+        assert all(np.array_equal(one.maps, row.maps) for one, row in zip(group.load(), made, strict=True))
+        assert all(np.array_equal(one.maps, row.maps) for one, row in zip(group.load(), made, strict=True))
+        with file.open("r+b") as out:
+            out.write(damaged)
+            out.truncate()
+        with pytest.raises(receipts.Damaged, match=made[0].key):
+            group.load()
+        file.write_bytes(sound)
+
+
 # --- zarrs ---
 
 

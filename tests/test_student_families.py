@@ -376,6 +376,16 @@ def test_lines_and_points_are_taken_or_refused_as_examples(student, size):
     assert torch.isfinite(student.family.collate([item]).planes.rows_y).all()
 
 
+def test_the_length_is_known_without_a_look_at_the_image(student, examples):
+    for one in (*examples, *(example("two", "red", size) for size in SIZES.values()), TEXT):
+        size = None
+        if one.image is not None:
+            with Image.open(io.BytesIO(one.image)) as image:
+                size = image.size
+        unread = replace(one, image=None if size is None else b"")
+        assert student.family.length(unread, size) == len(student.family.encode_one(one).ids)
+
+
 def test_words_labels_and_image_span(student, examples):
     family, tokenizer = student.family, student.processor.tokenizer
     one = examples[0]

@@ -70,6 +70,10 @@ class Native(Family):
     in_text = True
     layout: Layout
 
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self._image_texts: dict[tuple[int, int], tuple[str, str]] = {}  # by width and height
+
     @classmethod
     def load(cls, path: str, **options) -> tuple[nn.Module, object]:
         from transformers import AutoModelForImageTextToText
@@ -94,7 +98,6 @@ class Native(Family):
         if getattr(text, "attn_logit_softcapping", None):
             raise UserError(f"{kind} with capped attention scores cannot be tapped: no fused kernel computes them")
         self.layout = LAYOUTS[kind](model.config, self.processor.image_processor, self.tokenizer)
-        self._image_texts: dict[tuple[int, int], tuple[str, str]] = {}
         blank = self._joined([self.layout(_blank()).tensors])
         inner = _inner(model)
         if "logits_to_keep" not in inspect.signature(model.forward).parameters:
