@@ -11,7 +11,7 @@ from pipeline import receipts
 from pipeline.config import compose
 from pipeline.overlay import encoded, enlarge, outline, overlay
 from pipeline.report import beside, gallery, page, plots, theme
-from pipeline.report.repeat import commands, hydra
+from pipeline.report.repeat import PYTHON, commands, hydra
 from pipeline.report.stage import _shown
 from pipeline.train import status
 
@@ -285,19 +285,43 @@ def test_commands_lead_back_to_the_settings():
         for arm, seed in (("sft", 1), ("lavender", 2))
     ]
     lines = commands(cfg, runs).splitlines()
-    assert [line.split()[1] for line in lines] == ["train", "train", "eval", "report"]
+    # `make eval` would train sft-1 and lavender-1; the stages by themselves take what is there.
+    assert [line.split()[:3] for line in lines[2:]] == [[PYTHON, "-m", f"stages.{name}"] for name in ("eval", "report")]
+    assert [line.split()[1] for line in lines[:2]] == ["train", "train"]
     for line, (_, _, settings) in zip(lines[:2], runs, strict=True):
         assert receipts.plain(status.settings(composed(line))) == settings
     for line in lines[2:]:
         found = composed(line)
         assert (found.eval, found.data, found.train, found.align) == (cfg.eval, cfg.data, cfg.train, cfg.align)
         assert (found.runs_dir, found.shards_dir) == (cfg.runs_dir, cfg.shards_dir)
+    usual = [(arm, 1, settings) for arm, _, settings in runs]
+    assert [line.split()[:2] for line in commands(cfg, usual).splitlines()[2:]] == [
+        ["make", "eval"],
+        ["make", "report"],
+    ]
+    other = compose([o for o in given if o != "train.lr=3e-4"])  # make would refuse what was trained otherwise
+    assert PYTHON in commands(other, usual)
     demo = commands(compose(["runs_dir=runs/demo", "train.steps=5", "eval.arms=[sft]"]), runs)
     assert demo == 'make demo SEEDS=2 ARMS=sft,lavender ARGS="train.steps=5"'
 
 
+def test_commands_of_suites():
+    """By SUITE and TASKS, on which the environment of lmms-eval depends; files that the reader has to name are told."""
+    lmms = compose(["eval=lmms", "eval.harness_tasks=[ai2d,mmmu_val]", "eval.batch=2"])
+    first, second = commands(lmms, []).splitlines()
+    assert first == 'make eval DATA=world TEACHER=tiny MODEL=tiny SUITE=lmms TASKS=ai2d,mmmu_val ARGS="eval.batch=2"'
+    assert second == first.replace("make eval", "make report")
+    pope = commands(compose(["eval=pope"]), []).splitlines()
+    assert pope[:2] == [
+        '# first: make shard DATA=pope ARGS="data.path=FOLDER"',
+        f"{first.partition(' SUITE')[0]} SUITE=pope",
+    ]
+
+
 def composed(line):
     words = shlex.split(line)
+    if words[0] == PYTHON:
+        return compose(words[3:])
     assert words[0] == "make"
     variables = dict(word.split("=", 1) for word in words[2:])
     # make takes `$$` for `$` and hands ARGS to the shell

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from pipeline.config import Config
 
 DEMO = "runs/demo"
+PYTHON = ".venv/bin/python"
+USUAL = ("sft", "lavender")  # what `make eval` trains when no arms are named
 VARIABLES = {"data": "DATA", "teacher": "TEACHER", "model": "MODEL"}
 # How a stage is carried out, which changes nothing about what it finds.
 RUNTIME = {"eval.workers", "eval.device", "eval.summary", "dry_run", "overwrite", "seed"}
@@ -27,19 +29,65 @@ def commands(cfg: Config, runs: Sequence[tuple[str, int, Mapping]]) -> str:
             trained with is told, whatever the settings of now would train.
     """
     demo = Path(cfg.runs_dir) == Path(DEMO)
-    apart = RUNTIME | set(VARIABLES) | {"arm"} | ({"runs_dir", "eval.arms", "eval.seeds"} if demo else set())
-    given = [o for o in overrides(cfg) if o.partition("=")[0] not in apart and not o.startswith("arm.")]
+    unasked = RUNTIME | set(VARIABLES) | {"arm"} | ({"runs_dir", "eval.arms", "eval.seeds"} if demo else set())
+    given = [o for o in overrides(cfg) if o.partition("=")[0] not in unasked and not o.startswith("arm.")]
     chosen = [(variable, _choice(cfg, group)) for group, variable in VARIABLES.items()]
     if demo:
         own = [pair for pair in chosen if pair not in (("DATA", "world"), ("TEACHER", "tiny"), ("MODEL", "tiny"))]
         arms, seeds = (list(dict.fromkeys(run[place] for run in runs)) for place in (0, 1))
         return _line("demo", [*own, ("SEEDS", str(len(seeds))), ("ARMS", ",".join(arms))], given)
-    before = [o for o in given if not o.startswith(("train.", "align.", "eval.", "+eval.", "report.", "model."))]
+    apart = ("train.", "align.", "eval.", "eval=", "+eval.", "report.", "model.")
+    before = [o for o in given if not o.startswith(apart)]
     lines = [
         _line("train", [*chosen, ("ARM", arm), ("SEED", str(seed))], [*before, *_trained(cfg, arm, settings)])
         for arm, seed, settings in runs
     ]
-    return "\n".join([*lines, _line("eval", chosen, given), _line("report", chosen, given)])
+    if not runs or _usual(cfg, runs):
+        suite, rest = _suite(cfg, given)
+        lines += [_line(target, [*chosen, *suite], rest) for target in ("eval", "report")]
+    else:  # make would train the usual arms as well, or refuse those that were trained with other settings
+        whole = [*(f"{group}={_choice(cfg, group)}" for group in VARIABLES), *given]
+        lines += [f"{PYTHON} -m stages.{stage} {' '.join(map(shlex.quote, whole))}" for stage in ("eval", "report")]
+    return "\n".join([*_needed(cfg), *lines])
+
+
+def _usual(cfg: Config, runs: Sequence[tuple[str, int, Mapping]]) -> bool:
+    """Whether the runs are those that `make eval` trains where they are missing, with the settings of now."""
+    seeds = cfg.eval.seeds or [cfg.seed]
+    if {(arm, seed) for arm, seed, _ in runs} != {(a, s) for a in cfg.eval.arms or USUAL for s in seeds}:
+        return False
+    return all(_settings_of(overrides(cfg), arm) == _unseeded(settings) for arm, _, settings in runs)
+
+
+def _settings_of(pairs: Sequence[str], arm: str) -> dict[str, Any]:
+    """What an arm is trained with by these overrides."""
+    from pipeline import receipts
+    from pipeline.train import status
+
+    kept = [o for o in pairs if not o.startswith(("arm=", "arm."))]
+    return _unseeded(receipts.plain(status.settings(_composed((*kept, f"arm={arm}")))))
+
+
+def _unseeded(settings: Mapping) -> dict[str, Any]:
+    return {key: value for key, value in _flat(settings) if key != "seed"}
+
+
+def _suite(cfg: Config, given: Sequence[str]) -> tuple[list[tuple[str, str]], list[str]]:
+    """SUITE and TASKS, by which make also makes the environment of a harness, and the other settings."""
+    if f"eval={cfg.eval.name}" not in given:
+        return [], list(given)
+    variables, tasks = [("SUITE", cfg.eval.name)], cfg.eval.harness_tasks
+    if tasks:
+        variables.append(("TASKS", ",".join(tasks)))
+    return variables, [o for o in given if o.partition("=")[0] not in ("eval", "eval.harness_tasks")]
+
+
+def _needed(cfg: Config) -> list[str]:
+    """What nobody but the reader can tell: where the files of a benchmark lie."""
+    if cfg.eval.suite:
+        return []
+    named = (split.rpartition(":")[0] for splits in cfg.eval.tasks.values() for split in splits)
+    return [f'# first: make shard DATA={data} ARGS="data.path=FOLDER"' for data in dict.fromkeys(filter(None, named))]
 
 
 def _trained(cfg: Config, arm: str, settings: Mapping) -> list[str]:
