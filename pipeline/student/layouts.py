@@ -123,10 +123,11 @@ class Llava(Layout):
     def __call__(self, image: "Image") -> Laid:
         tensors = {name: value[0] for name, value in self.pixels(image).items()}
         patch = self.config.vision_config.patch_size
-        rows, cols = (side // patch for side in tensors["pixel_values"].shape[-2:])
+        size_y, size_x = tensors["pixel_values"].shape[-2:]
+        rows, cols = size_y // patch, size_x // patch  # what is left beyond the last whole patch is not seen
         first = self._class_tokens()
         top, left, high, wide = window(self.processor, image.height, image.width)
-        pieces = [Piece(grid(first, rows, cols), top, left, high / rows, wide / cols)]
+        pieces = [Piece(grid(first, rows, cols), top, left, high * patch / size_y, wide * patch / size_x)]
         return Laid(tensors, self.token * (first + rows * cols), pieces)
 
     def _class_tokens(self) -> int:
@@ -191,20 +192,45 @@ class LlavaNext(Layout):
         else:
             cut_x = (cols - int(round(width * (rows / height), 7))) // 2
         rows, cols = rows - 2 * cut_y, cols - 2 * cut_x
-        patch_y = patch_x = vision.patch_size
         limit = getattr(self.config, "vision_aspect_ratio", "")
         ratio = math.sqrt(rows * cols / (int(limit.removeprefix("anyres_max_")) * side**2)) if limit else 0.0
-        first_y, first_x = cut_y * patch_y - above, cut_x * patch_x - before
+        scale_y = scale_x = 1.0
         if ratio > 1.1:
             fewer_rows, fewer_cols = int(rows // ratio), int(cols // ratio)
-            patch_y, patch_x = patch_y * rows / fewer_rows, patch_x * cols / fewer_cols
+            scale_y, scale_x = rows / fewer_rows, cols / fewer_cols
             rows, cols = fewer_rows, fewer_cols
         fine = grid(side * side, rows, cols + 1)[:, :cols]
-        pieces = [
-            Piece(grid(0, side, side), 0, 0, 1 / side, 1 / side),
-            Piece(fine, first_y / high, first_x / wide, patch_y / high, patch_x / wide),
-        ]
+        seen = vision.patch_size / vision.image_size
+        pieces = [Piece(grid(0, side, side), 0, 0, seen, seen)]
+        for y, y_end, top, step_y in self._runs(rows, scale_y, cut_y):
+            for x, x_end, left, step_x in self._runs(cols, scale_x, cut_x):
+                part = fine[y:y_end, x:x_end]
+                pieces.append(Piece(part, (top - above) / high, (left - before) / wide, step_y / high, step_x / wide))
         return Laid(tensors, self.token * (side * side + rows * (cols + 1)), pieces)
+
+    def _runs(self, count: int, scale: float, cut: int) -> list[tuple[int, int, float, float]]:
+        """Tokens along one side of the canvas in runs of even steps: first token, the one after the last, where the run
+        begins and the step, both in pixels of the canvas.
+
+        One run, unless tiles are no whole number of patches (384 pixels, 27 patches of 14 each): what is left at a
+        tile's end is not seen, and the next run begins after it. A token made of patches on both sides of it counts to
+        the side of its middle.
+
+        Args:
+            count: tokens.
+            scale: patches in each.
+            cut: patches before the first.
+        """
+        size, patch = self.config.vision_config.image_size, self.config.vision_config.patch_size
+        per_tile = size // patch if size % patch else 1 << 30
+        middles = cut + (np.arange(count) + 0.5) * scale
+        tile_of = (middles // per_tile).astype(int)
+        runs = []
+        for tile in np.unique(tile_of):
+            tokens = np.flatnonzero(tile_of == tile)
+            begins = tile * size + patch * (cut + tokens[0] * scale - tile * per_tile)
+            runs.append((int(tokens[0]), int(tokens[-1]) + 1, begins, patch * scale))
+        return runs
 
 
 class InternVL(Layout):

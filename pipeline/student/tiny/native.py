@@ -149,15 +149,16 @@ def _llava(kind: str) -> tuple:
         )
         made = _image_class(kind)(size={"shortest_edge": 32}, crop_size=SQUARE, image_grid_pinpoints=pins)
         return config, tok, made
-    pins = [[32 * a, 32 * b] for a in range(1, 5) for b in range(1, 5)]
+    # As in the published models, tiles are no whole number of patches: the last pixels of each are not seen.
+    pins = [[36 * a, 36 * b] for a in range(1, 5) for b in range(1, 5)]
     config = hf.LlavaOnevisionConfig(
-        vision_config=tower | {"model_type": "siglip_vision_model", "vision_use_head": False},
+        vision_config=tower | {"model_type": "siglip_vision_model", "vision_use_head": False, "image_size": 36},
         text_config=TEXT | {"model_type": "qwen2"},
         image_token_index=image_id,
         image_grid_pinpoints=pins,
         vision_aspect_ratio="anyres_max_4",
     )
-    return config, tok, _image_class(kind)(size=SQUARE, image_grid_pinpoints=pins)
+    return config, tok, _image_class(kind)(size={"height": 36, "width": 36}, image_grid_pinpoints=pins)
 
 
 def _internvl() -> tuple:
