@@ -142,6 +142,7 @@ class Run:
         self.tuned, self.optimizer = self.accelerator.prepare(tuned, optimizer)
         archive = Archive(Layout(cfg).examples_dir("train"))
         self.batches = Batches(
+            archive,
             train_plan(cfg, archive),
             student.family,
             open_targets("oracle", archive, None, cfg.seed),

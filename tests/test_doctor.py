@@ -140,6 +140,7 @@ def test_shards_offloading_and_four_bits_are_counted(monkeypatch, tmp_path_facto
     linear = [n for n in weights if n.endswith("weight") and ("proj" in n or ".fc" in n) and n not in trained]
     rest = [n for n in weights if n.startswith("student.") and n not in trained and n not in linear]
     expected = sum((0.5 + 1 / 64 + 1 / 4096 - 2) * weights[n] for n in linear) + sum(2 * weights[n] for n in rest)
+    expected += (16 + 256) * 4 * len(linear)
     assert packed.weights - plain.weights == pytest.approx(expected, rel=0.01)
     assert packed.gathered == 2 * max(weights[n] for n in linear)
 

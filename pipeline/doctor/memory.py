@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 # Of a weight in 4 bits, in bytes: itself, a scale of 8 bits for each 64, and one of 32 bits for each 256 of these.
 NF4 = 1 / 2 + 1 / 64 + 4 / (64 * 256)
+TABLES = 4 * (16 + 256)  # bytes beside each such tensor: the values that the 4 bits and the 8 bits stand for
 MOMENTS = 2  # AdamW keeps two numbers for every trained weight,
 COUNTER = 4  # and the number of steps for every tensor, float32
 
@@ -142,7 +143,7 @@ def _change(tuned: Tuned, packed: dict[int, nn.Parameter]) -> int:
     change = 0.0
     for parameter in {id(p): p for p in tuned.student.parameters()}.values():
         if id(parameter) in packed:
-            change += NF4 * parameter.numel() - _bytes(parameter)
+            change += NF4 * parameter.numel() + TABLES - _bytes(parameter)
         elif not parameter.requires_grad:
             change += 4 * parameter.numel() - _bytes(parameter)
     return round(change)

@@ -159,12 +159,14 @@ def _disk(cfg: Config, tuned: Tuned, report: Report) -> None:
 
     weights, trained, optimizer = size_of(tuned)
     exported = weights if cfg.train.method == "full" else trained
-    needed = (cfg.train.keep_checkpoints + 1) * (trained + optimizer) + exported
+    # The last ones, the one that is being written, and the best on the held-out examples.
+    count = cfg.train.keep_checkpoints + 1 + bool(cfg.train.evaluate_every)
+    needed = count * (trained + optimizer) + exported
     folder = Path(cfg.runs_dir).absolute()
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
-    text = f"{gib(needed)} for {cfg.train.keep_checkpoints + 1} checkpoints and the export, {gib(free)} free"
+    text = f"{gib(needed)} for {count} checkpoints and the export, {gib(free)} free"
     if needed > free:
         report.fault("disk", f"{cfg.runs_dir} needs {text}: lower train.keep_checkpoints or give runs_dir=")
     else:
