@@ -8,6 +8,7 @@ import shutil
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from contextlib import contextmanager, suppress
@@ -201,6 +202,9 @@ def _distributed(engine: EngineConfig, function, tasks, done) -> list:
 def _gather(client: "Client", patience: float, function, tasks, results: dict[int, Any], done) -> None:
     """Adds the results of the tasks that have none yet.
 
+    No more tasks are sent than there are workers: Dask blames the death of a worker on every task that was sent to it,
+    and gives a task up that was blamed four times, though it may only have stood in line behind others.
+
     Every wait has an end: Dask does not start a worker again that dies while it is being started (its nanny takes that
     for a failed start and forgets it), and a client without workers would wait for ever.
 
@@ -210,13 +214,16 @@ def _gather(client: "Client", patience: float, function, tasks, results: dict[in
     from dask.distributed import KilledWorker
 
     arrived: queue.SimpleQueue = queue.SimpleQueue()
-    missing = [number for number in range(len(tasks)) if number not in results]
-    pending = dict(zip(missing, client.map(function, [tasks[number] for number in missing], pure=False), strict=True))
-    for number, future in pending.items():
-        future.add_done_callback(lambda _, number=number: arrived.put(number))
+    waiting = deque(number for number in range(len(tasks)) if number not in results)
+    pending: dict[int, Any] = {}
     seen = time.monotonic()
-    while pending:
+    while waiting or pending:
         try:
+            workers = _workers_of(client)
+            while waiting and len(pending) < max(workers, 1):
+                number = waiting.popleft()
+                pending[number] = client.submit(function, tasks[number], pure=False)
+                pending[number].add_done_callback(lambda _, number=number: arrived.put(number))
             number = arrived.get(timeout=LOOK)
             results[number] = pending[number].result(timeout=LOOK)
         except (queue.Empty, TimeoutError) as error:
@@ -224,7 +231,7 @@ def _gather(client: "Client", patience: float, function, tasks, results: dict[in
                 if pending[number].status == "error":
                     raise  # the task's own
                 arrived.put(number)  # the result was lost with its worker and is on its way again
-            if client.nthreads():
+            if workers:
                 seen = time.monotonic()
             elif time.monotonic() - seen > patience:
                 raise _NoWorkers from error
@@ -236,12 +243,19 @@ def _gather(client: "Client", patience: float, function, tasks, results: dict[in
             ) from error
         except CancelledError as error:
             raise UserError(
-                f"the Dask scheduler is gone with {len(pending)} of {len(tasks)} tasks left: start it again, then run"
-                " again to go on from here"
+                f"the Dask scheduler is gone with {len(pending) + len(waiting)} of {len(tasks)} tasks left:"
+                " start it again, then run again to go on from here"
             ) from error
         seen = time.monotonic()
         del pending[number]
         done(results[number])
+
+
+def _workers_of(client: "Client") -> int:
+    try:
+        return sum(client.nthreads().values())
+    except OSError as error:
+        raise CancelledError("the scheduler does not answer") from error
 
 
 @contextmanager
