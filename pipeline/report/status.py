@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 RECEIPT = "receipt.json"
 PAGE = "index.html"
-VERSION = 2  # of the page; a new one is drawn again
+VERSION = 3  # of the page; a new one is drawn again
 
 
 def settings(cfg: Config) -> dict:
