@@ -280,6 +280,26 @@ def test_damage_after_a_chunk_was_read_once_is_found(tmp_path, reader):
         file.write_bytes(sound)
 
 
+def test_memory_of_a_forgotten_shard_is_used_again_unless_somebody_looks_at_it(tmp_path):
+    store(tmp_path)
+    direct, maps = MapStore(tmp_path), MapStore(tmp_path, cache_bytes=1 << 30)
+    keys = [key for key in direct.keys if len(direct.get(key).words)]
+    held = maps.get(keys[0])
+    before = held.maps.copy()
+    maps.forget()
+    assert not maps._spare, "a map of it is still in use"
+    for key in keys:
+        assert np.array_equal(maps.get(key).maps, direct.get(key).maps)
+    assert np.array_equal(held.maps, before)
+    maps.forget()
+    spare = {id(block) for block in maps._spare}
+    assert spare
+    for key in reversed(keys):
+        found = maps.get(key)
+        assert np.array_equal(found.maps, direct.get(key).maps)
+    assert id(found.maps.base) in spare
+
+
 # --- zarrs ---
 
 

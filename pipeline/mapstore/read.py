@@ -8,6 +8,7 @@ The files are plain Zarr v3 (sharding, Blosc, CRC-32C, vlen-utf8) and any Zarr l
 
 import json
 import os
+import sys
 from bisect import bisect_right
 from collections import OrderedDict
 from pathlib import Path
@@ -68,6 +69,7 @@ class MapStore:
             self._receipts = {Path(name).stem: receipts.load(self.folder / name) for name in closed.children}
             self.digest = closed.digest
         self._groups: dict[str, Group] = {}
+        self._spare: list[np.ndarray] = []  # blocks of shards that were forgotten
         self._loaded: OrderedDict[str, tuple[Group, np.ndarray]] = OrderedDict()
         self._lock = Lock()
 
@@ -103,18 +105,32 @@ class MapStore:
         return group.cut(key, maps_WHW)
 
     def forget(self) -> None:
-        """Gives back the memory of whole decoded shards."""
+        """Forgets all decoded shards; their memory is kept for those that are decoded next."""
         with self._lock:
-            self._loaded.clear()
+            while self._loaded:
+                self._retire()
 
     def _load(self, name: str, group: "Group") -> tuple["Group", np.ndarray]:
         """Decodes a whole shard, once, and forgets those that were used longest ago."""
         with self._lock:
             if name not in self._loaded:
-                self._loaded[name] = group, group.decode()
-                while sum(held.decoded_bytes for held, _ in self._loaded.values()) > self.cache_bytes:
-                    self._loaded.popitem(last=False)
+                room = self.cache_bytes - group.decoded_bytes
+                while sum(held.decoded_bytes for held, _ in self._loaded.values()) > room:
+                    self._retire()
+                self._loaded[name] = group, group.decode(self._spare)
             return self._loaded[name]
+
+    def _retire(self) -> None:
+        """Forgets the shard that was used longest ago. Fresh memory for the next would cost a page fault for each map
+        or so: this shard's is kept for it, unless somebody still looks at any of its maps."""
+        _, loaded = self._loaded.popitem(last=False)
+        maps_WHW = loaded[1]
+        del loaded
+        block = maps_WHW.base
+        # Seen by these names, by the one of the other, and by the count itself. Every view of a map has the block as
+        # its base, and a thread that is about to cut one out holds `maps_WHW`.
+        if block is not None and sys.getrefcount(maps_WHW) == 2 and sys.getrefcount(block) == 3:
+            self._spare.append(block)
 
     def group(self, name: str) -> "Group":
         """One opened shard."""
@@ -126,7 +142,7 @@ class MapStore:
         return group
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_groups": {}, "_loaded": OrderedDict(), "_lock": None}
+        return {**self.__dict__, "_groups": {}, "_spare": [], "_loaded": OrderedDict(), "_lock": None}
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update({**state, "_lock": Lock()})
@@ -192,10 +208,19 @@ class Group:
         """Memory of all its maps."""
         return self._words * SIDE * SIDE
 
-    def decode(self) -> np.ndarray:
-        """(W, 32, 32) uint8, the maps of all examples; `decoded_bytes` of memory."""
+    def decode(self, spare: list[np.ndarray] | None = None) -> np.ndarray:
+        """(W, 32, 32) uint8, the maps of all examples; `decoded_bytes` of memory.
+
+        Args:
+            spare: blocks of former shards; the last is used again if it is large enough, else all are dropped.
+        """
         count = len(self._digests["maps"])
-        stored = np.empty((count, CHUNK, SIDE, self.width), np.uint8)
+        stored = spare.pop() if spare else None
+        if stored is None or len(stored) < count or stored.shape[-1] != self.width:
+            if spare:
+                spare.clear()
+            stored = np.empty((count, CHUNK, SIDE, self.width), np.uint8)
+        stored = stored[:count]
         if count:
             self._read_chunks(0, count, stored)
         return unpack(stored.reshape(-1, SIDE, self.width), self.profile)
