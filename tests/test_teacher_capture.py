@@ -218,6 +218,18 @@ def test_spread_is_the_power_of_the_self_attention_and_uses_a_fused_kernel():
     torch.testing.assert_close(found, x @ torch.matrix_power(both, 3).transpose(-1, -2), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_is_spread_in_half_precision_is_not_lost_beside_its_mean(dtype):
+    """Self-attention evens maps out: what they show is soon a thousandth of their mean."""
+    torch.manual_seed(0)
+    pairs = [(torch.randn(2, 3, 64, 8).to(dtype), torch.randn(2, 3, 64, 8).to(dtype)) for _ in range(2)]
+    x = 0.01 * torch.rand(2, 11, 64)
+    exact = spread(x, [(q.float(), k.float()) for q, k in pairs], 2)
+    shown = exact.amax(-1) - exact.amin(-1)
+    assert shown.max() < 0.02 * exact.mean()
+    assert ((spread(x, pairs, 2) - exact).abs().amax(-1) < 0.05 * shown).all()
+
+
 @pytest.mark.parametrize(("old", "new"), [(64, 32), (48, 32), (32, 32), (16, 32), (5, 32), (1, 32), (33, 32)])
 def test_resize_keeps_constants_and_places(old, new):
     assert torch.allclose(resize(torch.ones(2, old, old), (new, new)), torch.ones(2, new, new))
@@ -267,7 +279,7 @@ def test_wrong_layers_are_the_users_mistake(sd1, options, message):
     [{"timesteps": []}, {"timesteps": [1000]}, {"draws": 0}, {"text": "all"}, {"phrases": "x"}, {"layers": "("},
      {"resolutions": [8], "resolution_weights": [1, 2]}, {"dtype": "int8"}, {"device": "tpu"}, {"splits": []},
      {"splits": ["val", "val"]}, {"resolutions": [8, 16], "resolution_weights": [2.0, -1.0]},
-     {"resolutions": [8], "resolution_weights": [0.0]}],
+     {"resolutions": [8], "resolution_weights": [0.0]}, {"resolution_weights": [1.0, 3.0], "resolutions": [8, 8]}],
 )  # fmt: skip
 def test_wrong_settings_are_refused(options):
     with pytest.raises(UserError, match=f"teacher.{next(reversed(options))}"):

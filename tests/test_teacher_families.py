@@ -1,12 +1,14 @@
 """SDXL, SD3 and Flux against references that store everything; inversions; tokens; buckets; compilation."""
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import teacher_models
 import torch
-from diffusers import DDIMInverseScheduler, StableDiffusionPipeline
+from diffusers import DDIMInverseScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.embeddings import apply_rotary_emb
 from PIL import Image
 from test_teacher_capture import StoreEverything, config, picture, plane, text
@@ -14,9 +16,9 @@ from test_teacher_capture import StoreEverything, config, picture, plane, text
 from pipeline.errors import UserError
 from pipeline.teacher import capture as capture_module
 from pipeline.teacher.capture import Capture
-from pipeline.teacher.extract import load_teacher
+from pipeline.teacher.extract import LOOKAHEAD, Item, load_teacher
 from pipeline.teacher.inversion import Path as Steps
-from pipeline.teacher.inversion import readings
+from pipeline.teacher.inversion import _optimise, readings
 from pipeline.teacher.load import load_parts
 from pipeline.teacher.noise import draw_noise
 from pipeline.teacher.unet import UNetAdapter, cross_layers
@@ -261,14 +263,53 @@ def test_transformers_end_early_and_refuse_inversions(saved):
 
 
 def test_a_pipeline_of_another_kind_is_one_line(saved, tmp_path):
-    import shutil
-
     copy = tmp_path / "copy"
     shutil.copytree(saved("sd1"), copy)
     index = (copy / "model_index.json").read_text().replace('"UNet2DConditionModel"', '"UNet3DConditionModel"')
     (copy / "model_index.json").write_text(index)
     with pytest.raises(UserError):
         load_teacher(config(copy), "cpu")
+
+
+@pytest.mark.parametrize("part", ["vae", "text_encoder", "tokenizer", "scheduler"])
+def test_a_pipeline_without_a_needed_part_is_one_line(saved, tmp_path, part):
+    copy = tmp_path / "copy"
+    shutil.copytree(saved("sd1"), copy)
+    index = json.loads((copy / "model_index.json").read_text()) | {part: [None, None]}
+    (copy / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=f"StableDiffusionPipeline without {part} is not supported"):
+        load_teacher(config(copy), "cpu")
+
+
+def test_a_model_for_inpainting_is_one_line(saved, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(saved("sd1"), copy)
+    unet = UNet2DConditionModel.from_pretrained(copy / "unet")
+    UNet2DConditionModel.from_config({**unet.config, "in_channels": 9}).save_pretrained(copy / "unet")
+    with pytest.raises(UserError, match="takes 9 channels where its VAE gives 4"):
+        load_teacher(config(copy), "cpu")
+
+
+def test_an_image_larger_than_the_places_a_model_knows_is_one_line(saved):
+    load_teacher(config(saved("sd3"), image_size=32), "cpu")
+    for options in ({"image_size": 64}, {"image_size": 32, "geometry": "bucket"}):
+        with pytest.raises(UserError, match="knows places up to 32 pixels a side"):
+            load_teacher(config(saved("sd3"), **options), "cpu")
+
+
+@pytest.mark.parametrize("name", ["sdxl", "sd3", "flux"])
+def test_half_precision_gives_nearly_the_same_maps(saved, name):
+    """The published settings of these families are in bfloat16."""
+    options = {"image_size": 16, "renormalise": True, "refine": 2}
+
+    def stored(dtype: str) -> np.ndarray:
+        """Maps as they are kept, from their own least to their own greatest value."""
+        teacher = load_teacher(config(saved(name), dtype=dtype, **options), "cpu")
+        maps = teacher.extract([picture(0, (16, 16))], [text()], [7])[0].maps
+        return (maps - maps.min((1, 2), keepdims=True)) / np.ptp(maps, (1, 2), keepdims=True)
+
+    full, half = stored("float32"), stored("bfloat16")
+    assert 0 < np.abs(half - full).max() < 0.15
 
 
 # --- inversions -------------------------------------------------------------------------------------------------------
@@ -329,6 +370,19 @@ def test_null_text_follows_the_path_back(saved):
     assert tight < 0.9 * loose
 
 
+def test_the_null_text_of_an_image_does_not_depend_on_its_batch():
+    """Rows that need one step, more, and all of them: each ends as it does by itself."""
+    start, target = torch.zeros(3, 2, 4), torch.tensor([0.0, 0.02, 5.0])[:, None, None].expand(3, 2, 4)
+    together = _optimise(lambda null: null * 1.5, start, target, 0.01, 8, 1e-4)
+    for row in range(3):
+        alone = _optimise(lambda null: null * 1.5, start[row : row + 1], target[row : row + 1], 0.01, 8, 1e-4)
+        torch.testing.assert_close(together[row : row + 1], alone, atol=1e-7, rtol=1e-6)
+    moved = together.mean((1, 2))
+    assert moved[0] == 0
+    assert 0.005 < moved[1] < 0.02
+    assert moved[2] > 0.07
+
+
 @pytest.mark.parametrize("inversion", ["ddim", "null-text"])
 def test_inverted_teachers_give_maps_at_the_wanted_steps(saved, inversion):
     options = {"inversion": inversion, "inversion_steps": 4, "inner_steps": 1}
@@ -377,6 +431,22 @@ def test_buckets_keep_the_aspect_ratio_and_fill_batches_of_one_size(saved):
     for number, image in enumerate(images[:4]):
         alone = single.extract([image], [text()], [number])[0]
         np.testing.assert_allclose(alone.maps, found[number].maps, atol=1e-5)
+
+
+def test_one_image_of_a_rare_size_does_not_hold_back_a_stream(saved):
+    teacher = load_teacher(config(saved("sd1"), geometry="bucket", batch_size=1, layers="^down"), "cpu")
+    teacher.batch_size = 2
+    taken = []
+
+    def images():
+        for number in range(100):
+            taken.append(number)
+            image = picture(number, (32, 32) if number else (64, 32))
+            yield Item(image, number, number, text())
+
+    for position, _ in enumerate(teacher.read(images())):
+        assert len(taken) - position <= 5 * 2 * LOOKAHEAD, position
+    assert position == 99
 
 
 def test_a_change_in_a_bucketed_image_moves_the_map_there(saved):

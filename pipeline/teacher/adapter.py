@@ -20,6 +20,7 @@ class Adapter(ABC):
     """A diffusion model as the teacher sees it. Subclasses set the attributes below.
 
     Attributes:
+        needs: components without which a pipeline cannot be read.
         text: the text side.
         layers: the layers that are read, with their weights.
         refine_side: side of the self-attention used for refinement, 0 if there is none.
@@ -27,16 +28,24 @@ class Adapter(ABC):
         top: side of the model's finest grid for a square image of its own size; layers' sides are counted like it.
     """
 
+    needs: tuple[str, ...] = ("vae", "text_encoder", "tokenizer")
     text: ClipText
     layers: list[Layer]
     refine_side: int = 0
     columns: int = 1
     top: int
 
-    def __init__(self, parts: dict, cfg: TeacherConfig, device: torch.device, sample: int, patch: int = 1):
+    def __init__(
+        self, parts: dict, cfg: TeacherConfig, device: torch.device, sample: int, channels: int, patch: int = 1
+    ):
         self.device, self.cfg = device, cfg
         self.dtype = getattr(torch, cfg.dtype)
         self.vae = parts["vae"]
+        if channels != self.vae.config.latent_channels:
+            raise UserError(
+                f"teacher.path={cfg.path}: the model takes {channels} channels where its VAE gives "
+                f"{self.vae.config.latent_channels} (made for inpainting or editing?): choose one that takes text alone"
+            )
         self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         self.patch = patch
         self.side = cfg.image_size or sample * self.factor
@@ -70,6 +79,13 @@ class Adapter(ABC):
         """Sides of `bucket` images are multiples of this, so that every grid divides the image evenly."""
         return self.factor * 8
 
+    @property
+    def longest(self) -> int:
+        """The longest side in pixels at which an image may be read."""
+        if self.cfg.geometry == "squash":
+            return self.side
+        return max(self.step, round(self.side * WIDEST**0.5 / self.step) * self.step)
+
     def latent_shape(self, size: Size) -> tuple[int, int, int]:
         """(channels, rows, columns) of an image's latents."""
         return self.vae.config.latent_channels, size[0] // self.factor, size[1] // self.factor
@@ -91,9 +107,10 @@ class Adapter(ABC):
         if isinstance(image, torch.Tensor):
             return image
         height, width = self.size(image)
+        image = image.convert("RGB")  # before the resize, which takes the nearest pixel where colours are of a palette
         if image.size != (width, height):
             image = image.resize((width, height), Image.Resampling.BICUBIC)
-        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float().div_(127.5).sub_(1)
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div_(127.5).sub_(1)
 
     def latents(self, pixels_BCYX: torch.Tensor) -> torch.Tensor:
         """Latents of images (the mean of the encoder's distribution), scaled as the model expects them; float32."""

@@ -145,11 +145,17 @@ def fused_mean(
 
 def spread(x_BWN: torch.Tensor, pairs: list[tuple[torch.Tensor, torch.Tensor]], power: int) -> torch.Tensor:
     """S^power @ x, S being the self-attention averaged over heads and over the layers in `pairs`: the maps are the
-    values of fused attention, so S itself is never built."""
+    values of fused attention, so S itself is never built.
+
+    Rows of S sum to one, so a map's mean passes as it is and only what differs from it, scaled to one, is carried: what
+    a map shows is small beside its mean, and in half precision the values would be rounded to it.
+    """
     for _ in range(power):
-        x_BNW = x_BWN.transpose(1, 2)
+        mean_BW1 = x_BWN.mean(-1, keepdim=True)
+        span_BW1 = (x_BWN - mean_BW1).abs().amax(-1, keepdim=True).clamp_min(TINY)
+        x_BNW = ((x_BWN - mean_BW1) / span_BW1).transpose(1, 2)
         total_BNW = sum(fused_mean(q_BHND, k_BHND, x_BNW) for q_BHND, k_BHND in pairs)
-        x_BWN = total_BNW.transpose(1, 2) / len(pairs)
+        x_BWN = total_BNW.transpose(1, 2) / len(pairs) * span_BW1 + mean_BW1
     return x_BWN
 
 

@@ -112,6 +112,8 @@ class TeacherConfig:
             raise UserError(f"teacher.inversion_steps is {self.inversion_steps}: give 2 to 1000")
         if self.inversion != "none" and self.draws > 1:
             raise UserError(f"teacher.draws is {self.draws}: an inversion draws no noise, so give 1")
+        if len(set(self.resolutions)) < len(self.resolutions):
+            raise UserError(f"teacher.resolutions is {self.resolutions}: give each once")
         if self.resolution_weights and len(self.resolution_weights) != len(self.resolutions):
             raise UserError(
                 f"teacher.resolution_weights has {len(self.resolution_weights)} values for "

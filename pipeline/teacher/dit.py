@@ -119,6 +119,8 @@ class _TransformerAdapter(Adapter):
     A timestep is a thousandth of the share of noise: latents at t are (1 - t/1000) signal and t/1000 noise.
     """
 
+    needs = (*Adapter.needs, "text_encoder_2", "tokenizer_2")
+
     def _choose(self, names: Sequence[str], cfg: TeacherConfig) -> tuple[dict[str, Layer], set[str]]:
         if cfg.inversion != "none":
             raise UserError(f"teacher.inversion={cfg.inversion} needs a model with a UNet: use teacher.inversion=none")
@@ -139,7 +141,10 @@ class SD3Adapter(_TransformerAdapter):
     def __init__(self, parts: dict, cfg: TeacherConfig, device: torch.device):
         transformer = parts["transformer"]
         config = transformer.config
-        super().__init__(parts, cfg, device, config.sample_size, config.patch_size)
+        super().__init__(parts, cfg, device, config.sample_size, config.in_channels, config.patch_size)
+        most = config.pos_embed_max_size * self.factor * self.patch
+        if self.longest > most:
+            raise UserError(f"teacher.image_size is {self.side}: this model knows places up to {most} pixels a side")
         self.top = config.sample_size // config.patch_size
         self.columns = config.attention_head_dim  # as wide as the values of fused attention, so it costs nothing
         self.text = SD3Text(parts)
@@ -172,7 +177,7 @@ class FluxAdapter(_TransformerAdapter):
     def __init__(self, parts: dict, cfg: TeacherConfig, device: torch.device):
         transformer = parts["transformer"]
         # The transformer states no size; the published pipeline works at 128 latents a side.
-        super().__init__(parts, cfg, device, 128, 2)
+        super().__init__(parts, cfg, device, 128, transformer.config.in_channels // 4, 2)
         self.top = self.side // self.factor // 2
         self.columns = transformer.config.attention_head_dim
         self.text = FluxText(parts)

@@ -139,7 +139,7 @@ class Teacher:
                     if part.unit and part.unit not in done:
                         queue.setdefault(part.unit, item.name)
                 waiting.append((parts, units))
-            while size := _full(queue, batch):
+            while size := _full(queue, batch) or self._overdue(waiting, queue, 2 * look):
                 self._compute(queue, size, done, latents, batch)
                 yield from self._finished(waiting, queue, done)
             yield from self._finished(waiting, queue, done)
@@ -229,6 +229,12 @@ class Teacher:
             return last[0], tuple(group)
         window = assigned[index][0]
         return window, (found[window].span(text.spans[index]),)
+
+    def _overdue(self, waiting: deque, queue: OrderedDict[_Unit, str], most: int) -> Size | None:
+        """With `bucket` the size of the oldest unit, once more than `most` items wait behind it: one image of a rare
+        size would otherwise hold back the maps of all that follow."""
+        late = self.cfg.geometry == "bucket" and len(waiting) > most and queue
+        return next(iter(queue)).size if late else None
 
     def _latents(
         self, images: dict[Hashable, Image.Image | torch.Tensor], sizes: dict[Hashable, Size], batch: int

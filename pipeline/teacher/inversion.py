@@ -133,16 +133,21 @@ def _optimise(
     most: int,
     enough: float,
 ) -> torch.Tensor:
-    """The embedding of the empty text that brings `step` nearest to the target. Rows do not touch each other, except
-    that all go on until the worst is good enough."""
+    """The embedding of the empty text that brings `step` nearest to the target. Rows do not touch each other: one that
+    is good enough stays as it is while others go on."""
     with torch.enable_grad():
         null_BTC = null_BTC.detach().clone().requires_grad_()
         optimiser = torch.optim.Adam([null_BTC], lr=rate)
+        done_B = torch.zeros(len(null_BTC), dtype=torch.bool, device=null_BTC.device)
         for _ in range(most):
             error_B = (step(null_BTC) - target).square().flatten(1).mean(1)
-            if error_B.max().item() < enough:
+            done_B |= error_B.detach() < enough
+            if done_B.all().item():
                 break
             optimiser.zero_grad()
             error_B.sum().backward()
+            before_BTC = null_BTC.detach().clone()
             optimiser.step()
+            with torch.no_grad():  # the optimiser's momentum would move a row without a gradient too
+                null_BTC[done_B] = before_BTC[done_B]
     return null_BTC.detach()

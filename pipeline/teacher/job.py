@@ -62,6 +62,7 @@ def teacher_of(job: Job) -> Teacher:
     with _loading:
         name = receipts.fingerprint({**job.settings, "split": None})
         if name not in teachers:
+            teachers.clear()  # a worker that outlives one run would keep the models of all
             teachers[name] = load_teacher(job.teacher, _place(job.device))
         return teachers[name]
 

@@ -35,6 +35,11 @@ def load_adapter(cfg: TeacherConfig, device: str) -> Adapter:
     found = [FAMILIES[type(part).__name__] for part in parts.values() if type(part).__name__ in FAMILIES]
     if len(found) != 1:
         raise UserError(f"teacher.path={cfg.path}: a {pipeline_kind(directory)} is not supported")
+    missing = [name for name in found[0].needs if parts.get(name) is None]
+    if missing:
+        raise UserError(
+            f"teacher.path={cfg.path}: a {pipeline_kind(directory)} without {', '.join(missing)} is not supported"
+        )
     place = torch.device(device)
     modules = [part for part in parts.values() if isinstance(part, torch.nn.Module)]
     for module in modules:

@@ -76,11 +76,13 @@ class UNetAdapter(Adapter):
         UserError: the settings choose no layer, or a side that the model does not have.
     """
 
+    needs = (*Adapter.needs, "scheduler")
+
     def __init__(self, parts: dict, cfg: TeacherConfig, device: torch.device):
         unet = parts["unet"]
         sample = unet.config.sample_size
         assert isinstance(sample, int), sample
-        super().__init__(parts, cfg, device, sample)
+        super().__init__(parts, cfg, device, sample, unet.config.in_channels)
         self.top = sample
         self.text = TwoClipText(parts) if "text_encoder_2" in parts else ClipText(parts)
         self.alphas = parts["scheduler"].alphas_cumprod.double()
