@@ -5,12 +5,13 @@ import subprocess
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from evaluate_world import settings, world  # noqa: F401 (a fixture)
 
 from pipeline import receipts
 from pipeline.errors import UserError
-from pipeline.evaluate import harness, lmms, stage
+from pipeline.evaluate import harness, intervals, lmms, stage
 from pipeline.evaluate.scoring import score
 from pipeline.layout import Layout
 
@@ -288,3 +289,74 @@ def test_a_total_that_is_no_mean_is_told_apart():
     assert not harness.is_mean(0.25, parts)
     assert harness.is_mean(50.0, parts)  # in per cent
     assert lmms._scores(samples, {"points": 999.0}, Task()) == ("", None)
+
+
+class Points:
+    """Numbers that are no means: F1, points for pairs that must be complete, and a plain sum."""
+
+    def aggregation(self):
+        return {"f1": self.f1, "pairs": self.pairs, "sum": lambda values: float(sum(v["hit"] for v in values))}
+
+    @staticmethod
+    def f1(values):
+        found = sum(v["hit"] and v["told"] for v in values)
+        return 2 * found / (sum(v["hit"] for v in values) + sum(v["told"] for v in values))
+
+    @staticmethod
+    def pairs(values):
+        by_image = {}
+        for v in values:
+            by_image.setdefault(v["image"], []).append(v["hit"] == v["told"])
+        assert all(len(pair) == 2 for pair in by_image.values())
+        return 100 * sum(all(pair) + sum(pair) / 2 for pair in by_image.values()) / len(by_image)
+
+
+def told_points(seed, images=150):
+    rng = np.random.default_rng(seed)
+    told = [{"hit": bool(rng.random() < 0.5), "image": i // 2} for i in range(2 * images)]
+    told = [one | {"told": one["hit"] if rng.random() < 0.8 else not one["hit"]} for one in told]
+    return [{"f1": one, "pairs": one, "sum": one} for one in told], [str(one["image"]) for one in told]
+
+
+def test_totals_that_are_no_means_get_the_interval_of_resampling(tmp_path):
+    samples, clusters = told_points(0)
+    numbers = {name: combine([one[name] for one in samples]) for name, combine in Points().aggregation().items()}
+    halves = lmms._halves(samples, clusters, {**numbers, "f1": numbers["f1"]}, Points())
+    assert set(halves) == {"f1", "pairs", "sum"}
+    harness.save(tmp_path, {"t": harness.Total("f1", numbers["f1"], 300, numbers, False, halves, 150)})
+    entry = harness.joined({"sft": [tmp_path]})["t"]["sft"]
+
+    hit, told = (np.array([one["f1"][name] for one in samples], float) for name in ("hit", "told"))
+    expected = intervals.ratio_interval(2 * hit * told, hit + told, clusters)
+    lo, hi = harness.interval(entry, {"f1": 1.0})
+    assert (lo + hi) / 2 == pytest.approx(expected.value)
+    assert hi - lo == pytest.approx(expected.hi - expected.lo, rel=0.2)
+    scaled = harness.interval(entry, {"f1": 100.0})
+    assert scaled == pytest.approx([100 * lo, 100 * hi])
+
+    per_image = [
+        100 * (all(pair) + sum(pair) / 2) for pair in zip((hit == told)[::2], (hit == told)[1::2], strict=True)
+    ]
+    expected = intervals.mean_interval(per_image, range(150))
+    lo, hi = harness.interval(entry, {"pairs": 1.0})
+    assert (lo + hi) / 2 == pytest.approx(expected.value)
+    assert hi - lo == pytest.approx(expected.hi - expected.lo, rel=0.2)
+    assert harness.interval(entry, {"sum": 1.0}) is None  # half of the samples have half of a sum
+    assert harness.interval(entry, {"other": 1.0}) is None
+
+
+def test_totals_over_seeds_spread_by_seeds_too(tmp_path):
+    folders = []
+    for seed in (0, 1):
+        samples, clusters = told_points(seed)
+        value = Points.f1([one["f1"] for one in samples])
+        halves = lmms._halves(samples, clusters, {"f1": value, "pairs": -1.0}, Points())
+        assert set(halves) == {"f1"}  # a total that the task does not give again is not spread
+        folders.append(tmp_path / str(seed))
+        folders[-1].mkdir()
+        harness.save(folders[-1], {"t": harness.Total("f1", value, 300, {"f1": value}, False, halves, 150)})
+    both = harness.joined({"sft": folders})["t"]["sft"]
+    far = {**both, "seeds": {"f1": [both["value"] - 0.1, both["value"] + 0.1]}}
+    near = {**both, "seeds": {"f1": [both["value"]] * 2}}
+    widths = [np.ptp(harness.interval(entry, {"f1": 1.0})) for entry in (near, both, far)]
+    assert widths[0] <= widths[1] < widths[2]

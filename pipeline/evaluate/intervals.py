@@ -129,7 +129,7 @@ def ratio_interval(above, below, clusters, draws: int = DRAWS, seed: int = 0) ->
         trials = len(set(codes_N[below_SN.sum(0) > 0]))
         lo, hi = _wilson(value, trials) if trials else (0.0, 1.0)
     elif seeds > 1:
-        spread = _added(value, float(seed_D.var()), float(drawn_D.var()), seeds, count)
+        spread = added(value, float(seed_D.var()), float(drawn_D.var()), seeds, count)
         half = t_quantile(spread.df) * spread.se
         lo, hi = max(0.0, value - half), min(1.0, value + half)
     else:
@@ -268,7 +268,7 @@ def _two_level(values, clusters, draws: int, seed: int) -> _Spread:
         se = math.sqrt(var_images * drawn.clusters / max(1, drawn.clusters - 1))
         return _Spread(float(values_SN.mean()), se, max(1, drawn.clusters - 1), drawn.clusters)
     var_seeds = float(values_SN.mean(1)[_picks(seeds, draws, seed)].mean(1).var())
-    return _added(float(values_SN.mean()), var_seeds, var_images, seeds, drawn.clusters)
+    return added(float(values_SN.mean()), var_seeds, var_images, seeds, drawn.clusters)
 
 
 def _picks(seeds: int, draws: int, seed: int) -> np.ndarray:
@@ -276,7 +276,9 @@ def _picks(seeds: int, draws: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed + 1).integers(seeds, size=(draws, seeds - 1))
 
 
-def _added(value: float, var_seeds: float, var_images: float, seeds: int, clusters: int) -> _Spread:
+def added(value: float, var_seeds: float, var_images: float, seeds: int, clusters: int) -> _Spread:
+    """The spread of a value whose variances over seeds and over images are independent: their sum, with Satterthwaite's
+    degrees of freedom."""
     total = var_seeds + var_images
     parts = var_seeds**2 / (seeds - 1) + var_images**2 / max(1, clusters - 1)
     df = max(1.0, total**2 / parts) if parts > 0 else float(clusters)

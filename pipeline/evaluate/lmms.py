@@ -256,7 +256,9 @@ def _leaf(results: Mapping, model, task: str) -> tuple[list[dict], Total]:
     name = metric or next(iter(numbers), "")
     value = numbers.get(name, 0.0)
     mean = scores is not None and harness.is_mean(value, scores)
-    return rows, harness.Total(name, value, len(rows), numbers, mean)
+    clusters = [row["cluster"] for row in rows]
+    halves = _halves(samples, clusters, numbers, kind)
+    return rows, harness.Total(name, value, len(rows), numbers, mean, halves, len(set(clusters)))
 
 
 def _total(measured: Mapping, n: int, first: Total | None) -> Total:
@@ -300,13 +302,33 @@ def _part(value, task, metric: str) -> float | None:
     if isinstance(value, Mapping) and isinstance(value.get("score"), (bool, int, float)):
         return float(value["score"])
     combine = task.aggregation().get(metric)
-    if value is None or combine is None:
-        return None
+    return None if value is None or combine is None else _combined(combine, [value])
+
+
+def _halves(samples: list, clusters: list[str], numbers: Mapping[str, float], task) -> dict[str, list[float]]:
+    """Each metric on random halves of the images, by the task's own aggregation, where that gives its total as well."""
+    chosen = [places.tolist() for places in harness.halves(clusters)] if samples else []
+    found = {}
+    for metric, total in numbers.items():
+        values, combine = [sample.get(metric) for sample in samples], task.aggregation().get(metric)
+        if not chosen or combine is None or any(value is None for value in values):
+            continue
+        again = _combined(combine, values)
+        if again is None or abs(again - total) > harness.CLOSE * max(1.0, abs(total)):
+            continue
+        drawn = [_combined(combine, [values[place] for place in places]) for places in chosen]
+        if all(one is not None for one in drawn):
+            found[metric] = [float(f"{one:.6g}") for one in drawn]
+    return found
+
+
+def _combined(combine, values: list) -> float | None:
+    """What a task's aggregation makes of some of its samples, None where it needs others beside them."""
     try:
-        part = combine([value])
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):  # it needs the whole set
+        made = combine(values)
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError):
         return None
-    return float(part) if isinstance(part, (bool, int, float)) else None
+    return float(made) if isinstance(made, (bool, int, float)) else None
 
 
 def _kept(model, task: str, sample: Mapping) -> Mapping:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pipeline.evaluate.config import Benchmark
+from pipeline.evaluate.harness import interval as harness_interval
 
 ARMS = ("base", "sft", "lavender")
 MADE_WITH = "vlmevalkit"  # the published numbers compare with this harness's only
@@ -19,7 +20,7 @@ class Beside:
         metric: what the numbers are. task: what the harness calls it, empty where it does not have it.
         published: arm -> number, None where it is not known.
         ours: arm -> {"value", "ci95", "n"} in the unit of the published number, None where it was not measured; "ci95"
-            is None where the harness adds its number up from more than single answers.
+            is None where the harness cannot make its number again from a part of the answers.
         comparable: ours were made with the harness of the published ones.
     """
 
@@ -55,7 +56,7 @@ def _ours(one: Benchmark, suite: str, task: str, arm: str, found: Mapping, harne
     weights = one.lmms_metrics if suite == "lmms" else {}
     if total and weights and weights.keys() <= total.get("metrics", {}).keys():
         value = sum(weight * total["metrics"][name] for name, weight in weights.items())
-        return {"value": round(value, 2), "ci95": None, "n": total["n"]}
+        return _counted(round(value, 2), harness_interval(total, weights), total["n"])
     if one.scale and task in found and (total is None or total.get("mean")):
         entry = found[task]
         lo, hi = entry["ci95"]
@@ -64,4 +65,10 @@ def _ours(one: Benchmark, suite: str, task: str, arm: str, found: Mapping, harne
             "ci95": [round(one.scale * lo, 2), round(one.scale * hi, 2)],
             "n": entry["n"],
         }
-    return None if total is None else {"value": total["value"], "ci95": None, "n": total["n"]}
+    if total is None:
+        return None
+    return _counted(total["value"], harness_interval(total, {total.get("metric", ""): 1.0}), total["n"])
+
+
+def _counted(value: float, interval: list[float] | None, n: int) -> dict:
+    return {"value": value, "ci95": interval and [round(end, 4) for end in interval], "n": n}
