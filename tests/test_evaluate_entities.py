@@ -135,6 +135,7 @@ def test_teacher_and_students_side_by_side(world, entities, tmp_path):  # noqa: 
         # a random point: the man covers three quarters, the hat one; the middle lies in the hat's box and in the man's
         assert entry["chance"]["value"] == pytest.approx(0.5, abs=0.01)
         assert entry["centre"]["value"] == 1
+        assert 0 < entry["centre_miou"]["value"] < entry["centre_mass"]["value"] < 1
         assert entry["threshold_from"] == "val"
         assert set(entry["by_word"]) == {"people", "clothing"}
         for key in ("pointing", "mass", "miou"):

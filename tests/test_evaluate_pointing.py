@@ -88,6 +88,13 @@ def test_mass_area_and_iou():
     assert exact.mass == pytest.approx(1)
     assert exact.area == 0.25
     assert not exact.centre
+    # A Gaussian of deviation 1/4 has Phi(-1) - Phi(-2) of Phi(2) - Phi(-2) in the first quarter of the columns; above
+    # half of its height it is an ellipse of radius 0.294, of which a strip of 0.044 reaches into them.
+    assert exact.centre_mass == pytest.approx((0.15866 - 0.02275) / 0.9545, abs=0.005)
+    assert 0 < exact.centre_iou < 0.1
+    whole = pointing.measure(region.astype(np.float32), np.ones((32, 32), bool))
+    assert (whole.centre, whole.centre_mass) == (True, pytest.approx(1))
+    assert whole.centre_iou == pytest.approx(np.pi * 0.2944**2, abs=0.01)
     assert exact.ious == pytest.approx([1.0] * len(pointing.THRESHOLDS))
     flat = pointing.measure(np.full((32, 32), 3.0), region)
     assert flat.mass == pytest.approx(0.25)

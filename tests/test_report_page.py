@@ -44,7 +44,8 @@ def summary():
 
 @pytest.fixture
 def details():
-    grounding = {key: number(0.5) for key in ("pointing", "mass", "miou", "chance", "centre")}
+    measures = ("pointing", "mass", "miou", "chance", "centre", "centre_mass", "centre_miou")
+    grounding = {key: number(0.5) for key in measures}
     grounding |= {"threshold": 0.5, "threshold_from": "val", "by_word": {"colour": number(0.6)}}
     return {
         "model": "tiny",

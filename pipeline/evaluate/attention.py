@@ -113,6 +113,8 @@ def _row(asked: Asked, word: Word, map_HW: np.ndarray) -> dict:
         "mass": round(found.mass, 4),
         "area": round(found.area, 4),
         "centre": found.centre,
+        "centre_mass": round(found.centre_mass, 4),
+        "centre_iou": round(found.centre_iou, 4),
         "ious": [round(iou, 4) for iou in found.ious],
     }
 

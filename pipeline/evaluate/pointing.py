@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from PIL import Image
@@ -21,8 +22,11 @@ class Pointing:
     Attributes:
         hit: the map's peak lies in the region; a constant map has no peak and misses.
         mass: share of the map's sum inside the region.
-        area: share of the image that the region covers, which is what a random point would score.
+        area: share of the image that the region covers. A random point would hit as often, a map that is the same
+            everywhere has as much mass inside, and taken as a whole that intersection over union.
         centre: the middle of the image lies in the region, which is what always looking there would score.
+        centre_mass: share of `middle` inside the region.
+        centre_iou: intersection over union of the region with where `middle` is above half of its height.
         ious: intersection over union of the map above each of ``THRESHOLDS`` with the region.
     """
 
@@ -30,6 +34,8 @@ class Pointing:
     mass: float
     area: float
     centre: bool
+    centre_mass: float
+    centre_iou: float
     ious: tuple[float, ...]
 
 
@@ -67,7 +73,24 @@ def measure(map_HW: np.ndarray, region_HW: np.ndarray) -> Pointing:
         above = len(everything) - int(np.searchsorted(everything, threshold))
         either = above + int(region_HW.sum()) - both
         ious.append(both / either if either else 0.0)
-    return Pointing(hit, mass, area, bool(region_HW[height // 2, width // 2]), tuple(ious))
+    blob_HW = middle(height, width)
+    upper_HW = blob_HW > 0.5
+    return Pointing(
+        hit,
+        mass,
+        area,
+        bool(region_HW[height // 2, width // 2]),
+        float(blob_HW[region_HW].sum() / blob_HW.sum()),
+        float((upper_HW & region_HW).sum() / (upper_HW | region_HW).sum()),
+        tuple(ious),
+    )
+
+
+@lru_cache(maxsize=8)
+def middle(height: int, width: int) -> np.ndarray:
+    """The map of always looking at the middle: a Gaussian (H, W), its deviation a quarter of each side, its top 1."""
+    y, x = ((np.arange(extent) + 0.5) / extent - 0.5 for extent in (height, width))
+    return np.exp(-8 * (y[:, None] ** 2 + x[None] ** 2))
 
 
 def best_threshold(measured: Sequence[Pointing]) -> float:

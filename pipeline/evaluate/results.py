@@ -80,7 +80,8 @@ def _words(cfg: Config, job: Job) -> list[dict]:
 
 
 def _grounding(rows: Sequence[dict], task: str) -> dict | None:
-    """Pointing, mass inside, mIoU, and the baselines of chance and of always looking at the middle.
+    """Pointing, mass inside, mIoU, and what chance ("chance", the same number for all three) and always looking at the
+    middle ("centre", "centre_mass", "centre_miou") would have.
 
     The threshold of mIoU is the best one on `val`; without words there it is the best on the task itself, and says so.
     """
@@ -103,6 +104,8 @@ def _grounding(rows: Sequence[dict], task: str) -> dict | None:
         "miou": number([row["ious"][best] for row in mine]),
         "chance": number([row["area"] for row in mine]),
         "centre": number([row["centre"] for row in mine]),
+        "centre_mass": number([row["centre_mass"] for row in mine]),
+        "centre_miou": number([row["centre_iou"] for row in mine]),
         "threshold": THRESHOLDS[best],
         "threshold_from": "val" if val else f"{task} itself",
         "by_word": {

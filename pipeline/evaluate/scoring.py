@@ -106,6 +106,7 @@ def _score_choice(raw: str, gold: str) -> Score:
 RULES = {"list": _score_list, "pope": _score_yesno, "choice": _score_choice, "exact": _score_exact}
 GRADED = {"anls": ANLS, "vqa": VQA, "cider": CIDER}
 SCORERS = (*RULES, *GRADED)
+POINTING = "pointing-2"  # what `pointing.measure` gives
 VERSIONS = {"exact": EXACT, "list": LIST, "pope": YESNO, "choice": CHOICE, **GRADED}
 
 

@@ -113,6 +113,7 @@ def settings(cfg: Config, job: Job) -> dict:
         "point_task": ev.point_task,
         "point_exclude_kinds": list(ev.point_exclude_kinds),
         "val_split": ev.val_split,
+        "pointing": scoring.POINTING,
         **({"point_unit": ev.point_unit} if ev.point_unit != "word" else {}),
     }
     if ev.suite:

@@ -287,16 +287,21 @@ def _grounding(details: Mapping) -> dict | None:
     found = details["grounding"]
     if not found:
         return None
-    columns = ("pointing", "mass", "miou", "chance", "centre")
+    columns = ("pointing", "mass", "miou")
     one = next(iter(found.values()))
+    rows = [(name, [entry[column] for column in columns]) for name, entry in found.items()]
+    # Of the words that all students are asked; the teacher may be asked fewer.
+    rows += [
+        ("a random point, a map without preference", [one["chance"]] * 3),
+        ("the middle of the image", [one["centre"], one["centre_mass"], one["centre_miou"]]),
+    ]
     return {
         "caption": "Raw attention at the words of the right answer against the true regions. Mass: share of the map "
-        f"inside; mIoU: above the threshold chosen on {one['threshold_from']}; chance: a random point; centre: the "
-        "middle of the image.",
-        "heads": ["maps of", "pointing", "mass inside", "mIoU", "chance", "centre"],
+        f"inside; mIoU: above the threshold chosen on {one['threshold_from']}. The last two rows look at nothing: a "
+        "map that is the same everywhere, taken as a whole, and a Gaussian in the middle, above half of its height.",
+        "heads": ["maps of", "pointing", "mass inside", "mIoU"],
         "rows": [
-            {"head": name, "arm": _arm_of(name), "cells": [_cell(entry[column]) for column in columns]}
-            for name, entry in found.items()
+            {"head": name, "arm": _arm_of(name), "cells": [_cell(cell) for cell in cells]} for name, cells in rows
         ],
     }
 
