@@ -184,7 +184,7 @@ def _started(cfg: Config, job: Job) -> Job:
         return job
     from pipeline.train import launch
 
-    return replace(job, launcher=tuple(launch.command(cfg, job.overrides)))
+    return replace(job, launcher=tuple(launch.command(cfg, job.overrides)), grace=launch.GRACE)
 
 
 def _tell(work: Plan, clock: results.Seconds, ran: set[str]) -> None:

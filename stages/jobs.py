@@ -13,18 +13,19 @@ from typing import TextIO
 from stages.cli import CHILD
 
 POLL_SECONDS = 0.05
-GRACE_SECONDS = 20
+GRACE_SECONDS = 20  # for what only ends; a training also has to end its step and to save, see `Job.grace`
 
 
 @dataclass(frozen=True)
 class Job:
     """`python -m stages.<stage> <overrides>`, or the words in `launcher` where it takes more to start it; `name` marks
-    its lines when several run at once."""
+    its lines when several run at once. Told to end, it is killed after `grace` seconds."""
 
     stage: str
     name: str
     overrides: tuple[str, ...]
     launcher: tuple[str, ...] = ()
+    grace: float = GRACE_SECONDS
 
     @property
     def command(self) -> list[str]:
@@ -36,6 +37,7 @@ class Job:
 @dataclass(frozen=True)
 class _Running:
     name: str
+    grace: float
     process: subprocess.Popen
     relays: list[threading.Thread]
 
@@ -73,7 +75,9 @@ def run(jobs: Sequence[Job], width: int, threads: int) -> int:
 
 def _start(job: Job, environment: dict[str, str], shared: bool) -> _Running:
     if not shared:
-        return _Running(job.name, subprocess.Popen(job.command, env=environment, stdin=subprocess.DEVNULL), [])
+        return _Running(
+            job.name, job.grace, subprocess.Popen(job.command, env=environment, stdin=subprocess.DEVNULL), []
+        )
     process = subprocess.Popen(
         job.command,
         env=environment | {"PYTHONUNBUFFERED": "1"},
@@ -87,7 +91,7 @@ def _start(job: Job, environment: dict[str, str], shared: bool) -> _Running:
     relays = [threading.Thread(target=_relay, args=(job.name, *pipe), daemon=True) for pipe in pipes]
     for relay in relays:
         relay.start()
-    return _Running(job.name, process, relays)
+    return _Running(job.name, job.grace, process, relays)
 
 
 def _relay(name: str, lines: Iterable[str], out: TextIO) -> None:
@@ -96,13 +100,13 @@ def _relay(name: str, lines: Iterable[str], out: TextIO) -> None:
 
 
 def _stop(running: list[_Running]) -> None:
-    """Asks every process to end, and ends those that do not within the grace period."""
+    """Asks every process to end, and ends those that do not within their grace period."""
     for child in running:
         child.process.terminate()
-    deadline = time.monotonic() + GRACE_SECONDS
+    began = time.monotonic()
     for child in running:
         try:
-            child.process.wait(max(0.1, deadline - time.monotonic()))
+            child.process.wait(max(0.1, began + child.grace - time.monotonic()))
         except subprocess.TimeoutExpired:
             child.process.kill()
             child.process.wait()

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -206,6 +207,23 @@ def test_each_fault_is_one_line(world, monkeypatch, capsys):
     receipt.write_bytes(receipt.read_bytes()[:-20])
     with pytest.raises(UserError, match=r"00001"):
         stage.doctor(cfg)
+
+
+def test_a_batch_that_does_not_divide_over_the_gpus_is_a_fault(small_world, monkeypatch):
+    monkeypatch.chdir(small_world)
+    with pytest.raises(UserError, match=r"train\.batch_size=4 does not divide over 3 processes"):
+        stage.doctor(compose([*SMALL, "arm=oracle"]), "h100", 3)
+
+
+def test_the_room_of_a_merged_export_is_counted(small_world, monkeypatch, capsys):
+    monkeypatch.chdir(small_world)
+    needed = []
+    for export in ("adapter", "merged"):
+        stage.doctor(compose([*SMALL, "arm=oracle", "train.method=lora", f"train.export={export}"]))
+        said = " ".join(capsys.readouterr().out.replace("│", " ").split())
+        size, unit = re.search(r"disk ok ([\d.]+) (KiB|MiB)", said).groups()
+        needed.append(float(size) * {"KiB": 1, "MiB": 1024}[unit])
+    assert needed[1] > 1.5 * needed[0]
 
 
 def test_wrong_words_on_the_command_line(command, small_world):

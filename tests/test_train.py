@@ -24,9 +24,11 @@ from pipeline.mapstore.schema import ExampleMaps
 from pipeline.mapstore.write import write_shard
 from pipeline.student.batch import IGNORED, EncodeError
 from pipeline.student.load import load_student
+from pipeline.student.mllama import Mllama
 from pipeline.train import card, metrics, status
 from pipeline.train.data import Batches
 from pipeline.train.export import ExportError
+from pipeline.train.order import train_plan
 from pipeline.train.stage import train
 from pipeline.train.targets import open_targets
 from pipeline.world.student import build_mllama
@@ -264,6 +266,80 @@ def test_other_settings_are_refused_with_the_field_that_differs(root, whole):
 def test_mistakes_in_settings_are_one_line(root, override, message):
     with pytest.raises(UserError, match=message):
         train(settings(root, "arm=sft", f"runs_dir={root}/mistakes", override))
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "train.lr=-1",
+        "train.aligner_lr=nan",
+        "train.grad_clip=0",
+        "train.warmup=2",
+        "train.weight_decay=-1",
+        "train.betas=[0.9]",
+        "train.steps=-5",
+        "train.workers=-1",
+        "train.max_steps_per_call=-1",
+        "train.freeze=['(']",
+        "train.unfreeze=[{step: -1, pattern: a}]",
+        "train.unfreeze=[{step: 1}]",
+        "train.lora.r=0",
+        "train.lora.dropout=2",
+        "train.hang_timeout=1e12",
+    ],
+)
+def test_numbers_and_patterns_that_make_no_sense_are_refused_before_anything_is_loaded(given):
+    with pytest.raises(UserError) as caught:
+        compose([given])
+    assert given.partition("=")[0] in str(caught.value) and "\n" not in str(caught.value)
+
+
+def refusing(monkeypatch, keys: list[str]) -> None:
+    """The student takes no example of these keys."""
+    encode = Mllama.encode_one
+
+    def picky(self, example):
+        if example.key in keys:
+            raise EncodeError("not to its taste")
+        return encode(self, example)
+
+    monkeypatch.setattr(Mllama, "encode_one", picky)
+
+
+def test_what_is_refused_before_a_stop_is_counted_after_it(root, monkeypatch, capsys):
+    """Each example once, of whatever process and call; a line that a kill has torn is none."""
+    cfg = settings(root, "arm=sft", f"runs_dir={root}/refusing", "data.max_failed=1.0")
+    keys = Archive(Layout(cfg).examples_dir("train")).keys
+    refusing(monkeypatch, keys[:2])
+    train(replace(cfg, train=replace(cfg.train, max_steps_per_call=4)))
+    file = status.run_dir(cfg) / "skipped.jsonl"
+    assert {json.loads(line)["key"] for line in file.read_text().splitlines()} == set(keys[:2])
+    other = json.dumps({"key": keys[5], "reason": "another process's"}) + "\n"
+    file.write_text(file.read_text() + other + other + '{"key": "12')
+    train(cfg)
+    assert "3 skipped" in capsys.readouterr().out
+    assert receipts.load(status.run_dir(cfg) / status.RECEIPT).counts["skipped"] == 3
+    written = [json.loads(line)["key"] for line in file.read_text().splitlines()]
+    assert sorted(written) == sorted([*keys[:2], keys[5]])
+
+
+def test_an_export_is_compared_where_the_first_batch_teaches_nothing(root, monkeypatch):
+    cfg = settings(root, "arm=sft", f"runs_dir={root}/nothing", "data.max_failed=1.0", "train.steps=2")
+    archive = Archive(Layout(cfg).examples_dir("train"))
+    refusing(monkeypatch, [archive.keys[number] for number in train_plan(cfg, archive).at(0)])
+    train(cfg)
+    assert receipts.load(status.run_dir(cfg) / status.RECEIPT).counts["skipped"] == 4
+
+
+def test_the_logged_loss_is_the_mean_of_what_was_optimised_while_lambda_moves(root):
+    each = settings(root, "arm=lavender", f"runs_dir={root}/each", "align.schedule=decay", "align.decay=3")
+    train(each)
+    rarely = replace(each, runs_dir=f"{root}/rarely", train=replace(each.train, log_every=6))
+    train(rarely)
+    rows, (row,) = metrics.read(status.run_dir(each)), metrics.read(status.run_dir(rarely))
+    assert len({one["lambda"] for one in rows}) == 6
+    for name in ("loss", "ce", "align"):
+        assert row[name] == pytest.approx(sum(one[name] for one in rows) / 6)
 
 
 def test_examples_the_student_cannot_take_are_written_down_and_too_many_stop_the_run(root):

@@ -34,6 +34,9 @@ def test_the_driver_starts_training_that_way_and_other_stages_as_ever(monkeypatc
     assert jobs["shard"][0].command[1:3] == ["-m", "stages.shard"]
     assert jobs["train"][0].command[1:3] == ["-m", "torch.distributed.run"]
     assert jobs["train"][0].command[-1] == "seed=1"
+    # Told to end, training has to finish its step and to save, which takes longer than the driver's and torchrun's own.
+    assert jobs["train"][0].grace >= 600 > jobs["shard"][0].grace
+    assert f"--shutdown-timeout={launch.GRACE}" in jobs["train"][0].command
 
 
 def test_a_slurm_script_is_sound_and_asks_for_what_the_settings_say(tmp_path, monkeypatch):

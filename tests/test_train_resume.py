@@ -20,7 +20,7 @@ from pipeline import receipts
 from pipeline.config import Config
 from pipeline.errors import UserError
 from pipeline.train import checkpoint, metrics, status
-from pipeline.train.checkpoint import Checkpoints, newest
+from pipeline.train.checkpoint import Checkpoints, chosen, newest
 from pipeline.train.stage import train
 
 STEPS = 24
@@ -280,6 +280,23 @@ def test_only_what_was_trained_is_written_and_it_goes_on_alike(tmp_path):
 def test_the_newest_and_the_best_are_kept(tmp_path):
     stepped(tmp_path, 5, keep=2, heldout=(0.5, 0.2, 0.3, 0.4, 0.6))
     assert sorted(p.name for p in (tmp_path / checkpoint.FOLDER).iterdir()) == ["00000002", "00000004", "00000005"]
+
+
+def test_checkpoints_that_were_passed_over_do_not_push_out_whole_ones(tmp_path):
+    stepped(tmp_path, 3, heldout=(0.5, 0.2, 0.1))
+    folder = tmp_path / checkpoint.FOLDER
+    for number in (2, 3):
+        file = folder / f"{number:08d}" / "state" / "__0_0.distcp"
+        file.write_bytes(file.read_bytes()[:-1])
+    found = chosen(tmp_path)
+    assert (found.step, len(found.damaged)) == (1, 2), "the better ones are damaged, and that is told"
+    model, optimizer = small()
+    checkpoints = Checkpoints(tmp_path, {"a": 1}, 1, model, optimizer)
+    assert checkpoints.restore().step == 1
+    step(model, optimizer, 2)
+    checkpoints.save(2)
+    checkpoints.close()
+    assert newest(tmp_path, {"a": 1}).step == 2
 
 
 def test_what_a_kill_left_half_written_is_not_a_checkpoint(tmp_path):

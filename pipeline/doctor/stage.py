@@ -63,6 +63,7 @@ def doctor(cfg: Config, gpu: str = "", gpus: int = 0) -> None:
         UserError: something stands in the way of the run.
     """
     from pipeline.doctor.hardware import hardware
+    from pipeline.train.data import check_share
     from pipeline.train.trainable import quantization
 
     machine = hardware(gpu, gpus)
@@ -72,6 +73,7 @@ def doctor(cfg: Config, gpu: str = "", gpus: int = 0) -> None:
     report.attempt("weights", lambda: _weights(cfg, report))
     made = report.attempt("model", lambda: _model(cfg, report))
     report.attempt("run", lambda: _run(cfg, report))
+    report.attempt("batch", lambda: check_share(cfg.train.batch_size, machine.count))
     if not gpu:  # the run is to be on this machine
         report.attempt("quantize", lambda: quantization(cfg.train.quantize, cfg.train.method))
     if made is not None:
@@ -159,6 +161,8 @@ def _disk(cfg: Config, tuned: Tuned, report: Report) -> None:
 
     weights, trained, optimizer = size_of(tuned)
     exported = weights if cfg.train.method == "full" else trained
+    if cfg.train.method == "lora" and cfg.train.export == "merged":  # from the adapter, which is then removed
+        exported += weights
     # The last ones, the one that is being written, and the best on the held-out examples.
     count = cfg.train.keep_checkpoints + 1 + bool(cfg.train.evaluate_every)
     needed = count * (trained + optimizer) + exported

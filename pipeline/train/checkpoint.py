@@ -252,7 +252,8 @@ class Checkpoints:
             seconds=time.monotonic() - started,
         )
         receipts.commit_dir(partial, partial.with_suffix(""))
-        paths = _found(self.run)
+        # Later ones are damaged, else the run would have gone on from them: they must not push out the whole ones.
+        paths = [path for path in _found(self.run) if int(path.name) <= counts["step"]]
         kept = {*paths[-self.keep :], best(paths)}
         for path in paths:
             if path not in kept:
@@ -319,9 +320,9 @@ def chosen(run: Path) -> Position:
         try:
             receipt = receipts.check(path / RECEIPT, full=True)
         except receipts.Damaged as error:
-            damaged.append(str(error))
+            damaged.append(str(error).removesuffix(": run the stage again"))
             continue
-        return Position(path, receipt.counts["step"])
+        return Position(path, receipt.counts["step"], damaged=tuple(damaged))
     why = damaged[0] if damaged else "none was evaluated"
     raise UserError(f"train.choose=best: no whole checkpoint in {run / FOLDER} has a held-out loss: {why}")
 

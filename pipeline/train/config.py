@@ -1,7 +1,10 @@
 """Settings of the train stage."""
 
 import math
+import re
 from dataclasses import dataclass, field
+
+YEAR = 365 * 86400  # in seconds
 
 
 @dataclass
@@ -152,6 +155,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         self._check_order()
+        self._check_numbers()
+        self._check_patterns()
         if self.method not in ("lora", "full"):
             raise ValueError(f"train.method={self.method}: choose lora or full")
         if self.export not in ("adapter", "merged"):
@@ -184,13 +189,42 @@ class TrainConfig:
                 "train.choose=best knows the loss of checkpoints that are evaluated: give train.checkpoint_every and "
                 "train.evaluate_every with the first a multiple of the second"
             )
-        if self.hang_timeout < 0:
-            raise ValueError(f"train.hang_timeout={self.hang_timeout}: give seconds, or 0 to watch nothing")
-        if self.steps <= 0 and self.epochs <= 0:
+        if not 0 <= self.hang_timeout <= YEAR:
+            raise ValueError(f"train.hang_timeout={self.hang_timeout:g}: give seconds, or 0 to watch nothing")
+        if self.steps == 0 and self.epochs == 0:
             raise ValueError("train.steps and train.epochs are both 0: give one of them")
         for name in ("batch_size", "micro_batch", "checkpoint_every", "keep_checkpoints", "log_every", "logits_mb"):
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name}={getattr(self, name)}: must be at least 1")
+
+    def _check_numbers(self) -> None:
+        """What the optimizer would not refuse, or only after the model is loaded."""
+        for name in ("lr", "aligner_lr", "weight_decay", "epochs", "steps", "workers", "max_steps_per_call"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"train.{name}={getattr(self, name)}: must be 0 or more")
+        if not self.grad_clip > 0:  # 0 would make every gradient 0
+            raise ValueError(f"train.grad_clip={self.grad_clip:g}: must be above 0 (inf never clips)")
+        if not 0 <= self.warmup <= 1:
+            raise ValueError(f"train.warmup={self.warmup:g}: give a share of the steps, 0 to 1")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"train.betas={list(self.betas)}: give two numbers from 0 to below 1")
+        if self.lora.r < 1 or not self.lora.alpha > 0:
+            raise ValueError("train.lora.r and train.lora.alpha must be 1 or more")
+        if not 0 <= self.lora.dropout < 1:
+            raise ValueError(f"train.lora.dropout={self.lora.dropout:g}: give 0 to below 1")
+
+    def _check_patterns(self) -> None:
+        for name, pattern in [
+            *(("freeze", pattern) for pattern in self.freeze),
+            *(("unfreeze", entry.pattern) for entry in self.unfreeze),
+        ]:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"train.{name}: '{pattern}' is no regular expression: {error}") from error
+        for entry in self.unfreeze:
+            if entry.step < 0 or not entry.pattern:
+                raise ValueError("train.unfreeze: give each a pattern, and a step of 0 or more")
 
     def _check_order(self) -> None:
         if self.window < 0 or self.window_mb < 1:

@@ -34,6 +34,20 @@ class Share:
     skipped: int
 
 
+def line(key: str, reason: str) -> str:
+    """One example of a ``skipped_file``."""
+    return json.dumps({"key": key, "reason": reason}) + "\n"
+
+
+def refused(file: Path) -> dict[str, str]:
+    """Key and reason of every example in a ``skipped_file``, of all processes; a last line cut off by a kill is left
+    out."""
+    if not file.is_file():
+        return {}
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n")[:-1]]
+    return {row["key"]: row["reason"] for row in rows}
+
+
 class Plan(Protocol):
     """Which examples make up each global batch: a `BatchPlan`, or a list that ends."""
 
@@ -42,6 +56,16 @@ class Plan(Protocol):
     def at(self, step: int) -> list[int]:
         """Numbers of the examples of a global batch."""
         ...
+
+
+def check_share(batch_size: int, ranks: int) -> None:
+    """Refuses a global batch that does not divide over processes.
+
+    Raises:
+        UserError: with what to choose.
+    """
+    if batch_size % ranks:
+        raise UserError(f"train.batch_size={batch_size} does not divide over {ranks} processes: choose a multiple")
 
 
 class Batches:
@@ -72,9 +96,7 @@ class Batches:
         max_failed: float,
         cache_bytes: int = CACHE_BYTES,
     ):
-        size = plan.batch_size
-        if size % ranks:
-            raise UserError(f"train.batch_size={size} does not divide over {ranks} processes: choose a multiple")
+        check_share(plan.batch_size, ranks)
         self.archive, self.plan, self.family, self.targets = archive, plan, family, targets
         self.micro_batch, self.rank, self.ranks = micro_batch, rank, ranks
         self.skipped_file, self.limit = skipped_file, max_failed * len(archive)
@@ -149,7 +171,7 @@ class Batches:
     def _refuse(self, index: int, key: str, reason: str) -> None:
         self.refused[index] = reason
         with self.skipped_file.open("a", encoding="utf-8") as out:
-            out.write(json.dumps({"key": key, "reason": reason}) + "\n")
+            out.write(line(key, reason))
         if len(self.refused) > self.limit:
             raise UserError(
                 f"{len(self.refused)} of {len(self.archive)} examples cannot be encoded for this student, more than "

@@ -126,9 +126,11 @@ def export(
 
 
 def _logits(model: nn.Module, batch: StudentBatch) -> torch.Tensor:
-    """(B, P, V) float32 on the CPU, at the positions that predict a learnt token."""
+    """(B, P, V) float32 on the CPU, at the positions that predict a learnt token; without any, at the first ones."""
     following_BL = F.pad(batch.labels[:, 1:], (0, 1), value=IGNORED)
     needed_P = (following_BL != IGNORED).any(0).nonzero().squeeze(1)
+    if not len(needed_P):  # a batch whose examples this student could not take, see `Batches.at`
+        needed_P = torch.arange(min(following_BL.shape[1], 16))
     device = next(model.parameters()).device
     with torch.no_grad():
         made = model(**batch.to(device).inputs, logits_to_keep=needed_P.to(device), use_cache=False)

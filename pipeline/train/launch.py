@@ -21,7 +21,10 @@ if TYPE_CHECKING:
     from pipeline.config import Config
 
 SCRIPT = "train.sbatch"
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
+# Seconds that a process told to end has for its step and for saving, before whoever started it kills it.
+GRACE = 600
+# torchrun's own limit is 30, which is less than a large model's step and checkpoint.
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", f"--shutdown-timeout={GRACE}")
 
 
 def command(cfg: Config, overrides: Sequence[str]) -> list[str]:

@@ -89,11 +89,11 @@ def train_loop(
 
             # How many label tokens and aligned words the global batch has: what the sums below are divided by.
             micro = [batch.to(device) for batch in share.batches]
-            counts = torch.tensor(
-                [sum(int((b.labels[:, 1:] != IGNORED).sum()) for b in micro), sum(int(usable(b).sum()) for b in micro)],
-                device=device,
-            )
-            tokens, words = (max(int(n), 1) for n in accelerator.reduce(counts, "sum"))
+            own_tokens = sum(int((b.labels[:, 1:] != IGNORED).sum()) for b in micro)
+            own_words = sum(int(usable(b).sum()) for b in micro)
+            counts = accelerator.reduce(torch.tensor([own_tokens, own_words, share.skipped], device=device), "sum")
+            *found, skipped = counts.tolist()
+            tokens, words = (max(n, 1) for n in found)
 
             sums = torch.zeros(4, device=device)
             for number, batch in enumerate(micro):
@@ -121,7 +121,7 @@ def train_loop(
             if finite.check(step, ce, aligned, bad_norms, micro):
                 with clock.part("optimizer"):
                     optimizer.step()
-                running.add(ce, aligned, tokens, words, share.skipped)
+                running.add(language * ce + weight * aligned, ce, aligned, tokens, words, skipped)
             else:
                 running.leave_out()
             optimizer.zero_grad(set_to_none=True)
@@ -129,7 +129,7 @@ def train_loop(
             done = step + 1
             if done % cfg.log_every == 0 or done == steps:
                 rate = optimizer.param_groups[0]["lr"]
-                line = running.line(done, language, weight, rate, float(norm), finite.skipped, clock.take())
+                line = running.line(done, weight, rate, float(norm), finite.skipped, clock.take())
                 measured = speed.take(running.seconds())
                 if accelerator.is_main_process and line:
                     # Batches by length have no number of examples to divide by.

@@ -10,6 +10,7 @@ from pathlib import Path
 from pipeline import receipts
 
 FILE = "metrics.jsonl"
+COLUMNS = 6  # of what is kept of a step, see `Running.add`
 
 
 class Metrics:
@@ -52,22 +53,24 @@ class Running:
     """Means since the last logged step; the loss is the mean of the optimised numbers.
 
     Args:
-        rows, left_out: of the run that is gone on with.
+        rows, left_out: of the run that is gone on with. Rows of checkpoints from before the loss was in them are
+            counted and otherwise left out.
     """
 
     def __init__(self, rows: Sequence[Sequence[float]] = (), left_out: int = 0):
-        self.rows = [tuple(row) for row in rows]
-        self.left_out = left_out
-        self.before = len(self.rows) + left_out  # steps whose time is not known
+        self.rows = [tuple(row) for row in rows if len(row) == COLUMNS]
+        self.left_out = left_out + len(rows) - len(self.rows)
+        self.before = len(self.rows) + self.left_out  # steps whose time is not known
         self.since = time.monotonic()
 
     def state(self) -> dict:
         """What a resumed run needs to log the same numbers."""
         return {"rows": [list(row) for row in self.rows], "left_out": self.left_out}
 
-    def add(self, ce: float, aligned: float, tokens: int, words: int, skipped: int) -> None:
-        """One step: its losses, label tokens, aligned words, and examples that could not be encoded."""
-        self.rows.append((ce, aligned, tokens, words, skipped))
+    def add(self, loss: float, ce: float, aligned: float, tokens: int, words: int, skipped: int) -> None:
+        """One step of all processes: the loss as it was optimised, its two parts without their factors, label tokens,
+        aligned words, and examples that could not be encoded."""
+        self.rows.append((loss, ce, aligned, tokens, words, skipped))
 
     def leave_out(self) -> None:
         """One step whose numbers were not finite."""
@@ -76,7 +79,6 @@ class Running:
     def line(
         self,
         step: int,
-        language: float,
         weight: float,
         rate: float,
         norm: float,
@@ -86,19 +88,21 @@ class Running:
         """What is logged at a step; None when no step since the last line was finite.
 
         Args:
-            language, weight: factors of the two losses.
+            weight: lambda at the last step.
             norm: of the last gradient, before clipping.
             nonfinite: steps skipped so far.
             parts: seconds by part of a step since the last line.
         """
         if not self.rows:
             return None
-        ce, aligned, tokens, words, skipped = (sum(column) / len(self.rows) for column in zip(*self.rows, strict=True))
+        loss, ce, aligned, tokens, words, skipped = (
+            sum(column) / len(self.rows) for column in zip(*self.rows, strict=True)
+        )
         steps = self._made()
         seconds = self.seconds() / steps
         return {
             "step": step,
-            "loss": language * ce + weight * aligned,
+            "loss": loss,
             "ce": ce,
             "align": aligned,
             "lambda": weight,

@@ -125,8 +125,8 @@ def _train(cfg: Config, run: Path, archive: Archive, left_out: list[int], label:
     aligned = cfg.arm.lam > 0
     targets = open_targets(cfg.arm.targets, archive, _maps(cfg), cfg.seed, quality(cfg)) if aligned else None
     if accelerator.is_main_process:
-        for name in (SKIPPED, SKIPPED_HELD_OUT):
-            (run / name).unlink(missing_ok=True)
+        (run / SKIPPED_HELD_OUT).unlink(missing_ok=True)
+        _keep_refused(run / SKIPPED, anew=start == 0)
     accelerator.wait_for_everyone()
     batches = Batches(
         archive,
@@ -173,6 +173,8 @@ def _train(cfg: Config, run: Path, archive: Archive, left_out: list[int], label:
         if done == steps and cfg.train.choose == "best":
             chosen = checkpoints.restore_best()
             if main:
+                for reason in chosen.damaged:
+                    print(f"{label}: passed over a damaged checkpoint that has a lower loss: {reason}", flush=True)
                 print(f"{label}: step {chosen.step} has the lowest loss on the held-out examples", flush=True)
         checkpoints.close()
     for tracker in accelerator.trackers:  # not accelerator.end_training, which would end the processes' group as well
@@ -184,6 +186,8 @@ def _train(cfg: Config, run: Path, archive: Archive, left_out: list[int], label:
             print(f"{label}: stopped at step {done} of {steps}, {why}; run again to go on", flush=True)
         return
     tap.close()
+    compared = batches.at(0).batches[0]
+    accelerator.wait_for_everyone()  # from here on no process refuses an example, and the file of these is whole
     exported = export(
         run,
         tuned,
@@ -191,13 +195,14 @@ def _train(cfg: Config, run: Path, archive: Archive, left_out: list[int], label:
         _base(cfg),
         getattr(torch, cfg.model.dtype),
         cfg.train.export == "merged",
-        batches.at(0).batches[0],
+        compared,
         lambda path: _reload(cfg, path),
         accelerator.is_main_process,
     )
     maps = _map_counts(targets, accelerator)
     if not accelerator.is_main_process:
         return
+    skipped = len(_keep_refused(run / SKIPPED))
     files, examples = exported.files, plan.order.total
     card.write(files[0], cfg, examples, steps, read(run), held_out_lines(run), exported.difference)
     receipts.write(
@@ -206,7 +211,7 @@ def _train(cfg: Config, run: Path, archive: Archive, left_out: list[int], label:
         settings=status.settings(cfg),
         inputs=status.inputs(cfg),
         files=[*files, run / FILE],
-        counts={"examples": examples, "steps": steps, "skipped": len(batches.refused)}
+        counts={"examples": examples, "steps": steps, "skipped": skipped}
         | maps
         | ({"held_out": len(left_out)} if left_out else {})
         | ({"chosen": chosen.step} if cfg.train.choose == "best" else {})
@@ -214,7 +219,7 @@ def _train(cfg: Config, run: Path, archive: Archive, left_out: list[int], label:
         seconds=time.monotonic() - started,
     )
     print(
-        f"{label}: {examples} examples, {len(batches.refused)} skipped, {_said(maps)}{steps} steps -> {files[0]}",
+        f"{label}: {examples} examples, {skipped} skipped, {_said(maps)}{steps} steps -> {files[0]}",
         flush=True,
     )
 
@@ -291,6 +296,18 @@ def _held_out_targets(cfg: Config, archive: Archive) -> tuple[Targets, str]:
             f"(teacher.splits=[{','.join([*cfg.teacher.splits, split])}] at precompute makes them)"
         )
     return open_targets(kind, archive, MapStore(folder), cfg.seed, quality(cfg)), ""
+
+
+def _keep_refused(file: Path, anew: bool = False) -> dict[str, str]:
+    """Key and reason of what was refused so far, by all processes and before a resumed run; each once in the file."""
+    from pipeline.train.data import line, refused
+
+    found = {} if anew else refused(file)
+    if found:
+        receipts.write_file(file, "".join(line(*row) for row in found.items()).encode())
+    else:
+        file.unlink(missing_ok=True)
+    return found
 
 
 def is_main() -> bool:
