@@ -88,7 +88,7 @@ def test_sections_and_escaping(summary, details, one_shape):
         assert f'<section id="{section}"' in text
     assert '<section id="gallery"' not in text
     assert '<section id="published"' not in text
-    assert "lavender against sft: better (+10.0 points [+1.0, +20.0]) on test." in text
+    assert "lavender against sft: better (+10.0 points [+1.0, +20.0], n = 100) on test." in text
     assert "mine against sft: not distinguishable (−1.0 points" in text
     assert "over seeds and examples, 2 seeds" in text
     assert "not measured" in text

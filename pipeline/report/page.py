@@ -96,7 +96,7 @@ def verdicts(summary: Mapping, tasks: Sequence[str]) -> list[dict]:
         if not change:
             continue
         key = "value" if what == "pointing" else "accuracy"
-        now, then = (summary["arms"][name][what] for name in (arm, reference))
+        sides = ((name, summary["arms"][name][what]) for name in (arm, reference))
         state = "even" if not change["real"] else "better" if change["difference"] > 0 else "worse"
         lo, hi = (100 * x for x in change["ci95"])
         out.append(
@@ -106,7 +106,7 @@ def verdicts(summary: Mapping, tasks: Sequence[str]) -> list[dict]:
                 "change": f"{_signed(100 * change['difference'], 1)} points",
                 "interval": f"[{_signed(lo, 1)}, {_signed(hi, 1)}], n = {change['n']:,}",
                 "verdict": {"even": "no real difference", "better": "a real gain", "worse": "a real loss"}[state],
-                "from": f"{arm} {now[key]:.3f}, {reference} {then[key]:.3f}",
+                "from": ", ".join(f"{name} {_ranged(side, key)}" for name, side in sides),
             }
         )
     return out
@@ -134,7 +134,12 @@ def _measures(tasks: Sequence[str]) -> list[tuple[str, str]]:
 def _verdict(change: Mapping) -> str:
     points, (lo, hi) = 100 * change["difference"], (100 * x for x in change["ci95"])
     words = ("better" if points > 0 else "worse") if change["real"] else "not distinguishable"
-    return f"{words} ({_signed(points, 1)} points [{_signed(lo, 1)}, {_signed(hi, 1)}])"
+    return f"{words} ({_signed(points, 1)} points [{_signed(lo, 1)}, {_signed(hi, 1)}], n = {change['n']:,})"
+
+
+def _ranged(side: Mapping, key: str) -> str:
+    lo, hi = side["ci95"]
+    return f"{side[key]:.3f} [{lo:.3f}, {hi:.3f}]"
 
 
 def _signed(value: float, digits: int = 3) -> str:
