@@ -279,7 +279,8 @@ def test_wrong_layers_are_the_users_mistake(sd1, options, message):
     [{"timesteps": []}, {"timesteps": [1000]}, {"draws": 0}, {"text": "all"}, {"phrases": "x"}, {"layers": "("},
      {"resolutions": [8], "resolution_weights": [1, 2]}, {"dtype": "int8"}, {"device": "tpu"}, {"splits": []},
      {"splits": ["val", "val"]}, {"resolutions": [8, 16], "resolution_weights": [2.0, -1.0]},
-     {"resolutions": [8], "resolution_weights": [0.0]}, {"resolution_weights": [1.0, 3.0], "resolutions": [8, 8]}],
+     {"resolutions": [8], "resolution_weights": [0.0]}, {"resolution_weights": [1.0, 3.0], "resolutions": [8, 8]},
+     {"resolutions": [8], "resolution_weights": [float("nan")]}, {"guidance": float("inf")}],
 )  # fmt: skip
 def test_wrong_settings_are_refused(options):
     with pytest.raises(UserError, match=f"teacher.{next(reversed(options))}"):

@@ -465,6 +465,33 @@ def test_a_change_in_a_bucketed_image_moves_the_map_there(saved):
     assert np.unravel_index(quarters.argmax(), (2, 2)) == (1, 1)
 
 
+@pytest.mark.parametrize(
+    ("name", "layers", "options"),
+    [
+        ("sdxl", r"^down_blocks\.1\.attentions\.0\.transformer_blocks\.0", {"geometry": "bucket", "image_size": 64}),
+        ("sd3", r"\.0\.", {}),
+        ("flux", "^transformer_blocks", {"geometry": "bucket", "image_size": 64}),
+    ],
+)
+@pytest.mark.parametrize(("size", "x", "y"), [((96, 48), 0.75, 0.25), ((48, 96), 0.25, 0.75)])
+def test_a_change_moves_the_map_there_in_larger_families(saved, name, layers, options, size, x, y):
+    """Rows and columns are not mixed up, on grids that are not square neither."""
+    teacher = load_teacher(config(saved(name), layers=layers, timesteps=[1], **options), "cpu")
+    for part, module in getattr(teacher.adapter, "unet", torch.nn.Module()).named_modules():
+        if part.endswith("attn1"):
+            module.to_out[0].weight.zero_()
+    change = 0
+    for seed in range(4):
+        before = np.array(picture(seed, size))
+        after = before.copy()
+        left, top, reach = round(x * size[0]), round(y * size[1]), (size[0] // 10, size[1] // 10)
+        after[top - reach[1] : top + reach[1], left - reach[0] : left + reach[0]] = (255, 0, 0)
+        maps = [teacher.extract([Image.fromarray(p)], [text()], [seed])[0].maps for p in (before, after)]
+        change = change + np.abs(maps[1] - maps[0]).mean(0)
+    quarters = change.reshape(2, 16, 2, 16).mean((1, 3))
+    assert np.unravel_index(quarters.argmax(), (2, 2)) == (int(y > 0.5), int(x > 0.5))
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("name", ["sd1", "sd2", "sdxl", "sd3", "flux"])
 def test_the_capture_goes_through_the_compiler(saved, name, monkeypatch):

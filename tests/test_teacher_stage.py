@@ -217,6 +217,19 @@ def test_killed_and_resumed_gives_the_same_bytes(done, overrides, tmp_path):
     assert not list(maps.glob(".*.tmp"))
 
 
+def test_maps_of_an_earlier_division_into_shards_are_removed(done, overrides, tmp_path):
+    """With the receipts goes what they vouch for: nobody reads it any more."""
+    folder = tmp_path / "earlier"
+    shutil.copytree(done[0].shards_dir, folder)
+    maps = folder / "llava_json/maps/tiny/train"
+    (maps / "manifest.json").unlink()
+    shutil.copytree(maps / "00001.zarr", maps / "00007.zarr")
+    shutil.copy(maps / "00001.json", maps / "00007.json")
+    assert stage.precompute(compose(overrides(folder, "engine.workers=1"))).written == 0
+    assert not list(maps.glob("00007*"))
+    assert tree(folder) == done[2]
+
+
 def test_other_settings_are_refused_by_name(done):
     cfg, _, before = done
     other = compose_like(cfg, "teacher.timesteps=[300]")

@@ -1,5 +1,6 @@
 """Settings of the teacher: which diffusion model reads the pictures, and how its attention becomes word maps."""
 
+import math
 import re
 from dataclasses import dataclass, field
 
@@ -119,12 +120,14 @@ class TeacherConfig:
                 f"teacher.resolution_weights has {len(self.resolution_weights)} values for "
                 f"{len(self.resolutions)} teacher.resolutions: give one for each, or none"
             )
-        if any(weight < 0 for weight in self.resolution_weights) or (
+        if any(not 0 <= weight < math.inf for weight in self.resolution_weights) or (
             self.resolution_weights and not sum(self.resolution_weights)
         ):
             raise UserError(
                 f"teacher.resolution_weights is {self.resolution_weights}: give none below 0 and one or more above"
             )
+        if not math.isfinite(self.guidance):
+            raise UserError(f"teacher.guidance is {self.guidance}: give a finite number")
         if not self.splits or len(set(self.splits)) < len(self.splits):
             raise UserError(f"teacher.splits is {self.splits}: give one or more, each once")
         try:

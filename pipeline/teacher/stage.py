@@ -1,6 +1,7 @@
 """The precompute stage: maps for the words of every example, one Dask task and one Zarr group per tar."""
 
 import math
+import shutil
 import time
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -226,9 +227,10 @@ def _close(cfg: "Config", jobs: list["Job"]) -> dict[str, Any]:
         group = [job for job in jobs if job.settings["split"] == split]
         stems = {job.stem for job in group}
         folder = Layout(cfg).maps_split_dir(split)
-        for path in folder.glob("[0-9]*.json"):
-            if path.stem not in stems:
-                path.unlink()
+        gone = [path for path in folder.glob("[0-9]*.json") if path.stem not in stems]
+        gone += [path for path in folder.glob("[0-9]*.zarr") if path.stem not in stems]  # after what vouches for them
+        for path in gone:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
         counts = _add_up([receipts.load(job.receipt).counts for job in group])
         if counts["failed"] > cfg.data.max_failed * counts["examples"]:
             raise UserError(
