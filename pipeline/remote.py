@@ -59,8 +59,8 @@ class Remote:
     def put(self, local: Path, name: str) -> None:
         """Copies one file there; stores with rename semantics get it under its name only when it is whole."""
         target = f"{self.root}/{name}"
-        self.fs.makedirs(target.rpartition("/")[0], exist_ok=True)
         try:
+            self.fs.makedirs(target.rpartition("/")[0], exist_ok=True)
             self.fs.put_file(str(local), target)
         except OSError as error:
             raise UserError(f"{self.url}/{name}: cannot be written: {type(error).__name__}: {error}") from error
@@ -135,6 +135,8 @@ def _tree(remote: Remote, folder: Path, top: str) -> Iterator[str]:
     aside.unlink()
     while pending:
         name, digest = pending.pop(0)
+        if ".." in Path(name).parts or Path(name).is_absolute():
+            raise UserError(f"{remote.url}/{top}: names a receipt outside its folder: {name}")
         path = folder / name
         if not _is_the(path, digest):
             remote.fetch(name, path)

@@ -56,12 +56,14 @@ def examine(folder: Path) -> Finding:
 
 
 def _receipts(folder: Path) -> Iterator[Path]:
-    return (path for path in sorted(folder.rglob("*.json")) if _RECEIPT.fullmatch(path.name) and not _inside(path))
+    return (
+        path for path in sorted(folder.rglob("*.json")) if _RECEIPT.fullmatch(path.name) and not _inside(path, folder)
+    )
 
 
-def _inside(path: Path) -> bool:
-    """Whether a file lies in an artefact or in a drawn source, which have receipts of their own outside."""
-    return any(parent.suffix == ".zarr" or parent.name == "source" for parent in path.parents)
+def _inside(path: Path, folder: Path) -> bool:
+    """Whether a file lies in an artefact below `folder`, which has its receipt outside."""
+    return any(parent.suffix == ".zarr" for parent in path.relative_to(folder).parents)
 
 
 def _children(receipt: receipts.Receipt) -> list[str]:

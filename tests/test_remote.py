@@ -81,6 +81,20 @@ def test_what_arrives_changed_is_refused(examples, url, tmp_path):
         pull("nonsense://x", tmp_path / "back")
 
 
+def test_nothing_is_written_outside_the_folder(examples, url, tmp_path):
+    push(examples, url)
+    receipts.write(tmp_path / "evil" / "x.json", stage="shard", settings={})
+    receipts.write(
+        tmp_path / "evil" / "a" / "manifest.json", stage="shard", settings={}, children=[tmp_path / "evil" / "x.json"]
+    )
+    memory = fsspec.filesystem("memory")
+    memory.pipe_file("/bucket/d/manifest.json", (tmp_path / "evil" / "a" / "manifest.json").read_bytes())
+    memory.pipe_file("/bucket/x.json", (tmp_path / "evil" / "x.json").read_bytes())
+    with pytest.raises(UserError, match=r"outside its folder: \.\./x\.json"):
+        pull(url, tmp_path / "back")
+    assert not (tmp_path / "x.json").exists()
+
+
 def test_damaged_shards_are_not_pushed(examples, url):
     (examples / "train" / "00000.tar").write_bytes(b"x")
     with pytest.raises(receipts.Damaged, match=r"00000\.tar"):

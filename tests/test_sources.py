@@ -58,6 +58,8 @@ def test_any_part_of_a_list_is_the_same(tmp_path, form, monkeypatch):
         ('[{"id": 1},\n{"id', "line 2"),
         (b'[{"id": 1},\n\n{"id": "\xff\xfe"}]', "line .*UTF-8"),
         ("[" + "[" * 100_000, "line 1"),
+        ('[{"id": 1}]\n\n[{"id": 2}]', "line 3.*something follows"),
+        ('[{"id": 1}]' + " " * 3_000_000 + "\n]", "line 2.*something follows"),
     ],
 )
 def test_a_broken_list_is_refused_with_its_line(tmp_path, text, line):

@@ -3,6 +3,8 @@
 import io
 import json
 import tarfile
+from datetime import datetime
+from pathlib import Path
 from types import SimpleNamespace
 
 import pyarrow as pa
@@ -11,11 +13,13 @@ import pytest
 from PIL import Image
 from quick_disk import quick_disk  # noqa: F401 (used by every test)
 
+from pipeline.archive import status
 from pipeline.archive.read import Archive, read_table
 from pipeline.archive.stage import shard
 from pipeline.config import Config, choices, compose
 from pipeline.engine import EngineConfig
 from pipeline.errors import UserError
+from pipeline.layout import Layout
 from pipeline.sources import KINDS, open_source
 from pipeline.sources.config import DataConfig
 
@@ -27,7 +31,7 @@ def png(value=0):
 
 
 def items(split="train", **settings):
-    source = open_source(DataConfig(name="d", **settings), None)
+    source = open_source(DataConfig(name="d", **settings), SimpleNamespace(source_dir=Path("never-drawn")))
     found = list(source.items(split))
     assert len(found) == source.count(split)
     for start in range(len(found)):
@@ -200,6 +204,19 @@ def test_rlaif_v_in_its_forms(tmp_path):
     assert (texts(found[0]), found[0].image) == (["<image>Q?", "A"], tmp_path / "0.png")
 
 
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        ("flickr30k_entities", {"prompt": "What?"}),
+        ("flickr30k_entities", {"captions": "all"}),
+        ("rlaif_v", {"columns": {"image": "picture"}}),
+    ],
+)
+def test_shards_of_other_readings_are_refused(tmp_path, kind, change):
+    before, after = (status.settings(config(tmp_path, kind=kind, **more)) for more in ({}, change))
+    assert before != after
+
+
 def test_any_table(tmp_path):
     rows = [
         {"picture": png(), "q": "Q?", "a": "A"},
@@ -276,6 +293,26 @@ def test_a_broken_line_of_a_table_is_one_failed_input(tmp_path):
     found = items(kind="hf", path=str(tmp_path))
     assert [item.failure and item.failure.status for item in found] == [None, "bad_json", "bad_record"]
     assert "line 2" in found[1].failure.reason
+
+
+def test_odd_values_of_a_table_are_failed_inputs(tmp_path):
+    fine = {"question": "Q?", "answer": "A"}
+    rows = [
+        {"id": "\ud800", **fine},
+        {"id": "number", "image": 7, **fine},
+        {"id": "map", "image": {"bytes": 3}, **fine},
+        {"id": "no turns", "turns": 3},
+        {"id": "other turns", "turns": [{"from": "human", "value": "Q?"}, {"from": "gpt", "value": "A"}]},
+    ]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    meta = {"meta": {"when": datetime(2020, 1, 2), "what": b"x"}}
+    table(tmp_path / "b" / "a.parquet", [{**fine, **meta}])
+    shard(config(tmp_path, kind="hf", path=str(tmp_path / "a.jsonl"), max_failed=1, shard_size=9))
+    found = {row["id"]: row["status"] for row in read_table(tmp_path / "shards/d/examples/train/00000.parquet")}
+    expected = {"?": "no_image", "number": "bad_record", "map": "bad_record"}
+    assert found == {**expected, "no turns": "empty_conversation", "other turns": "no_image"}
+    shard(config(tmp_path, name="e", kind="hf", path=str(tmp_path / "b")))
+    assert Archive(tmp_path / "shards/e/examples/train")[0].meta["when"] == "2020-01-02 00:00:00"
 
 
 def test_names_of_files_tell_their_split(tmp_path):
@@ -361,14 +398,16 @@ def test_ocrvqa(tmp_path):
         for n, split in enumerate([1, 3, 1, 2, 1])
     }
     books["b4"] = {"split": 1}
+    books |= {f"b{n}": {**books["b0"], "questions": odd} for n, odd in ((5, "Q?"), (6, [None, "Q?"]))}
     (tmp_path / "dataset.json").write_text(json.dumps(books, indent=1))
     (tmp_path / "images").mkdir()
     settings = {"kind": "ocrvqa", "path": str(tmp_path)}
     found = items(**settings)
-    assert [item.id for item in found] == ["b0", "b2", "b4"]
+    assert [item.id for item in found] == ["b0", "b2", "b4", "b5", "b6"]
     assert found[0].image == tmp_path / "images" / "b0.gif"
     assert texts(found[0]) == ["<image>\nWho?", "Me", "What?", "It"]
-    assert found[2].failure.status == "bad_record"
+    assert [found[place].failure.status for place in (2, 3)] == ["bad_record", "bad_record"]
+    assert texts(found[4])[0] is None
     assert [item.id for item in items("test", **settings)] == ["b1"]
     (tmp_path / "dataset.json").write_text(json.dumps(books)[:-1])
     with pytest.raises(UserError, match="line 1"):
@@ -429,11 +468,37 @@ def test_wrong_parts(mixture):
     for parts, match in [
         ({}, "parts"),
         ({"a": {"kind": "laion", "path": "x", "colour": 1}}, "colour"),
+        ({"a": {"kind": "laion", "path": "x", "max_pixels": 1}}, "max_pixels: no setting of a part"),
+        ({"a": {"kind": "laion", "path": "x", "limit": "few"}}, "data.parts.a.limit: .*few"),
+        ({"a": {"kind": "laion", "path": "x", "weight": "much"}}, "weight is much"),
+        ({"a": {"kind": "laion", "path": "x", "weight": float("nan")}}, "weight is nan"),
+        ({"a": {"path": "x"}}, "needs a kind"),
+        ({"a": "laion"}, "kind: "),
+        ({"a/b": {"kind": "laion", "path": "x"}}, "cannot name a part"),
         ({"a": {"kind": "laion", "path": ""}}, "path"),
         ({"a": {"kind": "laion", "path": "/no"}}, "/no"),
     ]:
         with pytest.raises(UserError, match=match):
             items(kind="mixture", parts=parts)
+
+
+def test_parts_of_one_kind_keep_apart(tmp_path):
+    """Two worlds are drawn in folders of their own, whatever their names; two lists were never at risk."""
+    turns = [{"from": "human", "value": "Q?"}, {"from": "gpt", "value": "A"}]
+    parts = {
+        "w.1": {"kind": "world", "sizes": {"train": 4}},
+        "w.2": {"kind": "world", "sizes": {"train": 2}, "seed": 1},
+    }
+    for name, count in (("l", 3), ("m", 1)):
+        (tmp_path / f"{name}.json").write_text(json.dumps([{"id": n, "conversations": turns} for n in range(count)]))
+        parts[name] = {"kind": "llava_json", "path": str(tmp_path / f"{name}.json")}
+    cfg = config(tmp_path, kind="mixture", parts=parts)
+    assert shard(cfg).counts["status"] == {"no_image": 4, "ok": 6}
+    found = [(example.source, example.image) for example in Archive(tmp_path / "shards/d/examples/train")]
+    assert [[source for source, _ in found].count(name) for name in parts] == [4, 2, 3, 1]
+    first, second = ({image for source, image in found if source == name} for name in ("w.1", "w.2"))
+    assert not first & second
+    assert shard(cfg).written == 0
 
 
 def test_evaluation_images_are_refused(tmp_path, flickr):
@@ -475,7 +540,7 @@ def test_the_papers_mixture_keeps_its_test_images_out(tmp_path, flickr, capsys):
     licences = {example.source: example.licence for example in Archive(tmp_path / "shards/lavender130k/examples/train")}
     assert licences == {name: cfg.data.parts[name]["licence"] for name in folders}
     cfg.data.parts["rlaif_v"]["expected"] = 2
-    assert "rlaif_v: 2 inputs (train 2) of 2 expected; weight" in "\n".join(open_source(cfg.data, None).report())
+    assert "rlaif_v: 2 inputs (train 2) of 2 expected; weight" in "\n".join(open_source(cfg.data, Layout(cfg)).report())
     table(tmp_path / "rlaif" / "a.parquet", [{**rows[0], "image": {"bytes": png(2)}}, rows[1]])
     cfg.overwrite = True
     with pytest.raises(UserError, match=r"1 image of data.evaluation.*rlaif_v/50"):

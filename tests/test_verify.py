@@ -76,6 +76,17 @@ def test_damage_is_named_and_only_that_is_rebuilt(cfg, capsys):
     assert not verify.verify(cfg).damaged
 
 
+def test_the_names_of_the_folders_above_play_no_part(cfg, tmp_path):
+    moved = tmp_path / "source" / "old.zarr" / "s"
+    moved.parent.mkdir(parents=True)
+    (tmp_path / "s").rename(moved)
+    cfg.shards_dir = str(moved)
+    assert verify.verify(cfg).receipts == 5
+    damage(folder(cfg) / "00001.tar")
+    with pytest.raises(UserError, match="1 places"):
+        verify.verify(cfg)
+
+
 def test_what_has_no_receipt_is_named(cfg, tmp_path):
     (folder(cfg) / "00000.json").unlink()
     with pytest.raises(UserError):
@@ -173,6 +184,18 @@ def test_export_and_import(cfg, tmp_path):
         assert np.array_equal(second.maps[0], second.maps[4])  # one file for both
     assert back.lost["words without a file"] == 12
     assert not verify.examine(tmp_path / "back").damaged
+
+
+def test_examples_of_one_image_share_a_folder_and_what_that_loses_is_counted(cfg, tmp_path):
+    records = json.loads((tmp_path / "list.json").read_text())
+    for record in records:
+        record["image"] = "0.png"
+    (tmp_path / "list.json").write_text(json.dumps(records))
+    cfg.data.name = "e"
+    shard(cfg)
+    told = export(*store(cfg, tmp_path / "maps"), tmp_path / "authors")
+    assert dict(told.lost) == {"words without a map": 6, "words with _ . or /": 12, "repeats of a word": 6 + 5 * 4}
+    assert told.maps == len(list((tmp_path / "authors").rglob("*.jpg"))) == 10
 
 
 def test_import_of_nothing(cfg, tmp_path):

@@ -15,9 +15,11 @@ MANIFEST = "manifest.json"
 # Settings by which a kind of source turns what it finds into conversations.
 READING = {
     "flickr30k": ("prompt", "captions"),
+    "flickr30k_entities": ("prompt", "captions"),
     "hf": ("prompt", "columns"),
     "laion": ("prompt",),
     "mixture": ("prompt", "captions", "parts"),
+    "rlaif_v": ("columns",),
     "webdataset": ("prompt", "columns"),
 }
 

@@ -14,7 +14,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +172,7 @@ def _read_again(job: Job) -> Iterator[tuple[Row, Example | None]]:
 
 def make_example(item: RawItem, key: str, split: str, rules: Rules, root: Path | None) -> tuple[Row, Example | None]:
     """The table's row for a raw item, and its example if it is good."""
+    item = replace(item, id=item.id.encode("utf-8", "replace").decode())  # JSON may hold half a character
     row = Row(key=key, id=item.id, status=OK)
     try:
         if item.failure:
@@ -240,9 +242,13 @@ def example_json(example: Example) -> bytes:
         "meta": example.meta,
     }
     try:
-        return json.dumps(document, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode()
+        return _dumps(document, ensure_ascii=False).encode()
     except UnicodeEncodeError:  # half a character somewhere in meta: the escaped form can hold it
-        return json.dumps(document, sort_keys=True, separators=(",", ":")).encode()
+        return _dumps(document).encode()
+
+
+# A table's meta may hold dates and the like, which become text.
+_dumps = partial(json.dumps, sort_keys=True, separators=(",", ":"), default=str)
 
 
 def _counts(rows: list[Row]) -> dict[str, Any]:

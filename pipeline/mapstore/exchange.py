@@ -42,12 +42,13 @@ class Exchange:
 
 
 def export(archive: Archive, maps: MapStore, folder: Path) -> Exchange:
-    """Writes a JPEG for every word that the layout can hold; the stem is the example's key.
+    """Writes a JPEG for every word that the layout can hold; the stem is that of the image's name, or else the key.
 
-    Lost are repeats of a word (the first stays), words with an underscore, dot or slash, the case of letters, the
-    raw range, and status other than ok; everything kept is rounded by JPEG.
+    Lost are repeats of a word, also in another example of the same image (the first stays), words with an underscore,
+    dot or slash, the case of letters, the raw range, and status other than ok; everything kept is rounded by JPEG.
     """
     result = Exchange()
+    written: dict[Path, str] = {}  # the words of each folder, joined by NUL: sets of them would be ten times as large
     for example in archive:
         stored = maps.get(example.key)
         if stored is None:
@@ -56,7 +57,7 @@ def export(archive: Archive, maps: MapStore, folder: Path) -> Exchange:
         result.examples += 1
         target = _folder(folder, example)
         target.mkdir(parents=True, exist_ok=True)
-        seen: set[str] = set()
+        seen = set(written.get(target, "").split("\0"))
         for row, word in enumerate(stored.words):
             text = example.word_text(word).lower()
             why = _cannot_hold(text, seen, int(stored.status[row]))
@@ -66,6 +67,7 @@ def export(archive: Archive, maps: MapStore, folder: Path) -> Exchange:
             seen.add(text)
             (target / f"attention_{text}.jpg").write_bytes(to_jpeg(stored.maps[row]))
             result.maps += 1
+        written[target] = "\0".join(seen)
     return result
 
 

@@ -66,8 +66,9 @@ class Flickr30k(FileSource):
                 for entry in images:
                     split = _SPLITS[entry["split"]]
                     sentences = [sentence["raw"] for sentence in entry["sentences"]] or [""]
+                    name = entry["filename"] if isinstance(entry["filename"], str) else ""
                     for number, caption in enumerate(sentences if self.every else sentences[:1]):
-                        self._rows.setdefault(split, []).append((entry["filename"], number, caption))
+                        self._rows.setdefault(split, []).append((name, number, caption))
             except (ValueError, KeyError, TypeError) as error:
                 raise UserError(f"{self.path}: is not Karpathy's list of images and sentences ({error!r})") from error
         return self._rows

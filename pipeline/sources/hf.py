@@ -175,6 +175,8 @@ class Table(FileSource):
             if not image:
                 return None, None
             return (folder if folder != self.root and _is_file(folder / image) else self.root) / image, None
+        if image is not None and not isinstance(image, bytes):
+            return None, Failure("bad_record", f"the image is a {type(image).__name__}, neither bytes nor a name")
         return image, None
 
     def _counted(self, split: str) -> list[int]:

@@ -18,6 +18,7 @@ from pipeline.sources.base import Failure
 _BLOCK = 1 << 20
 _STRIDE = 500  # records between two offsets of the index
 _SPACE = re.compile(r"[\s,]*")
+_BLANK = re.compile(r"\s*")
 _COLON = re.compile(r"\s*:\s*")
 
 
@@ -155,6 +156,11 @@ def _elements(path: Path, offset: int, line: int, keyed: bool = False) -> Iterat
                     raise broken("the list does not end", len(text))
                 continue
             if text[position] == closing:
+                position += 1
+                while (position := _BLANK.match(text, position).end()) == len(text) and more():
+                    pass
+                if position < len(text):  # a second list, say, which would be lost without a word
+                    raise broken(f"something follows the {'object' if keyed else 'list'}", position)
                 return
             try:
                 value, end = parse(position)

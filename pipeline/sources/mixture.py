@@ -4,8 +4,11 @@
 input, 2 each one twice. `expected` is how many inputs a part should have, so that half a download is noticed.
 """
 
+import math
+import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields, replace
+from copy import copy
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +21,19 @@ from pipeline.sources.config import DataConfig
 if TYPE_CHECKING:
     from pipeline.layout import Layout
 
+# What a part may say for itself; the rest (bounds, size of the shards, ...) holds for the mixture as a whole.
+_SETTINGS = (
+    "kind", "path", "images", "splits", "licence", "limit", "prompt", "captions", "columns", "sizes", "seed",
+)  # fmt: skip
+_OFFLINE = ("easy_vqa", "world")  # kinds that need no path
+_NAME = re.compile(r"[\w.-]+")  # it is part of every id, before a slash, and of names of files
+
 
 def open_source(data: DataConfig, layout: "Layout") -> "Mixture":
     """Opens every part.
 
     Raises:
-        UserError: no parts, a part with an unknown setting, or one that is not there.
+        UserError: no parts, a part with an unknown or wrong setting, or one that is not there.
     """
     from pipeline.sources import open_source as open_part
 
@@ -31,25 +41,48 @@ def open_source(data: DataConfig, layout: "Layout") -> "Mixture":
         raise UserError(f"data '{data.name}' needs data.parts: name: {{kind, path, ...}}")
     parts = {}
     for name, given in data.parts.items():
-        settings, weight, expected = part_config(name, given, data)
-        parts[name] = Part(open_part(settings, layout), settings.licence, weight, settings.limit, expected)
+        settings, weight, expected = part_config(str(name), given, data)
+        own = copy(layout)
+        own.source_dir = layout.source_dir / settings.name  # two worlds must not draw over each other
+        parts[settings.name] = Part(open_part(settings, own), settings.licence, weight, settings.limit, expected)
     return Mixture(parts)
 
 
-def part_config(name: str, given: Mapping[str, Any], data: DataConfig) -> tuple[DataConfig, float, int]:
-    """The settings of one part, its weight and the inputs expected of it."""
-    known = {entry.name for entry in fields(DataConfig)}
+def part_config(name: str, given: Any, data: DataConfig) -> tuple[DataConfig, float, int]:
+    """The settings of one part, its weight and the inputs expected of it.
+
+    Raises:
+        UserError: one is unknown, of the wrong type or out of range.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    if not _NAME.fullmatch(name):
+        raise UserError(f"data.parts: '{name}' cannot name a part: use letters, digits, '_', '-' and '.'")
+    if not isinstance(given, Mapping):
+        raise UserError(f"data.parts.{name} is {given!r}: give {{kind: ..., path: ...}}")
     settings = dict(given)
-    weight, expected = float(settings.pop("weight", 1.0)), int(settings.pop("expected", 0))
-    if unknown := sorted(settings.keys() - known):
+    weight, expected = settings.pop("weight", 1.0), settings.pop("expected", 0)
+    if unknown := sorted(settings.keys() - set(_SETTINGS)):
         raise UserError(
-            f"data.parts.{name}.{unknown[0]}: unknown setting; a part has {', '.join(sorted(known))}, weight, expected"
+            f"data.parts.{name}.{unknown[0]}: no setting of a part; it has {', '.join(_SETTINGS)}, weight, expected"
         )
-    if settings.get("kind") == "mixture" or weight <= 0:
-        raise UserError(f"data.parts.{name}: needs a kind other than mixture and a weight above 0")
+    if settings.get("kind", "mixture") == "mixture":
+        raise UserError(f"data.parts.{name}: needs a kind other than mixture")
+    if not isinstance(weight, int | float) or not 0 < weight < math.inf:
+        raise UserError(f"data.parts.{name}.weight is {weight}: give a number above 0")
+    if not isinstance(expected, int) or expected < 0:
+        raise UserError(f"data.parts.{name}.expected is {expected}: give a number of inputs, or 0")
     if settings.get("path") in (None, "", "???"):
-        raise UserError(f"data.parts.{name}.path is not set: give data.parts.{name}.path=...")
-    return DataConfig(**{"prompt": data.prompt, "captions": data.captions, **settings, "name": name}), weight, expected
+        if settings["kind"] not in _OFFLINE:
+            raise UserError(f"data.parts.{name}.path is not set: give data.parts.{name}.path=...")
+        settings.pop("path", None)
+    settings = {"prompt": data.prompt, "captions": data.captions, **settings, "name": name}
+    try:
+        checked = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(DataConfig), settings))
+    except OmegaConfBaseException as error:
+        raise UserError(f"data.parts.{name}.{error.full_key}: {str(error).partition(chr(10))[0]}") from error
+    return checked, float(weight), expected
 
 
 @dataclass

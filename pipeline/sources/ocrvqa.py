@@ -71,6 +71,8 @@ class Books(LlavaJson):
 
     def _book(self, name: str, book: Any) -> RawItem:
         try:
+            if not isinstance(book["questions"], list) or not isinstance(book["answers"], list):
+                raise TypeError("its questions and answers are no lists")
             pairs = list(zip(book["questions"], book["answers"], strict=True))
             image = self.root / f"{name}{PurePosixPath(book['imageURL']).suffix}"
         except (KeyError, TypeError, ValueError) as error:
@@ -80,6 +82,6 @@ class Books(LlavaJson):
             for question, answer in pairs
             for role, text in (("user", question), ("assistant", answer))
         ]
-        if turns:
+        if turns and isinstance(turns[0]["content"], str):
             turns[0]["content"] = f"{IMAGE_MARKER}\n{turns[0]['content']}"
         return RawItem(name, image, {"conversations": turns})

@@ -90,14 +90,20 @@ def to_record(row: Mapping[str, Any], columns: Mapping[str, str], prompt: str) -
     for name in (columns.get("conversations", "conversations"), "turns", "messages"):
         turns = row.get(name)
         if turns is not None:
-            if name == "turns":  # this pipeline's own tars
-                turns = [{"role": turn["role"], "content": turn["text"]} for turn in turns]
+            if name == "turns" and isinstance(turns, list):
+                turns = [_own_turn(turn) for turn in turns]
             return {"conversations": turns, **about}
     if named("question") is not None or named("answer") is not None:
         return {"conversations": one_turn(str(named("question") or prompt), named("answer")), **about}
     if named("caption") is not None:
         return {"conversations": one_turn(prompt, named("caption")), **about}
     return None
+
+
+def _own_turn(turn: Any) -> Any:
+    """A turn of this pipeline's own tars as others write it; anything else as it is."""
+    own = isinstance(turn, Mapping) and turn.keys() == {"role", "text"}
+    return {"role": turn["role"], "content": turn["text"]} if own else turn
 
 
 @lru_cache(maxsize=16)

@@ -22,7 +22,7 @@ def open_source(data: DataConfig, layout: "Layout") -> "World":
 
     folder = Path(layout.source_dir)
     settings = {"sizes": data.sizes, "seed": data.seed, "version": VERSION}
-    receipt = folder.with_suffix(".json")
+    receipt = folder.with_name(f"{folder.name}.json")
     # The scenes are a pure function of their settings, and cheap: other settings redraw them, and it is the
     # archive made from them that then refuses to be mixed up.
     if not receipts.is_current(receipt, settings, overwrite=True):
