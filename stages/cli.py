@@ -13,6 +13,7 @@ from pipeline.errors import UserError
 
 USER_ERROR = 2
 INTERRUPTED = 130
+ALONE_SECONDS = 10  # longer than the end of a process takes
 # Failures of the disk that only the user can mend; any other failed call is a fault of the program and shows where.
 DISK = {
     errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.EFBIG, errno.ENOSPC, errno.ENOTDIR, errno.EPERM, errno.EROFS
@@ -25,6 +26,7 @@ def guarded(body: Callable[[], int | None]) -> int:
     try:
         return body() or 0
     except UserError as error:
+        _leave_it_to_the_first()
         print(f"error: {error}", file=sys.stderr)
         return USER_ERROR
     except OSError as error:
@@ -35,6 +37,13 @@ def guarded(body: Callable[[], int | None]) -> int:
     except KeyboardInterrupt:
         print("interrupted: run the same command again to go on from here", file=sys.stderr)
         return INTERRUPTED
+
+
+def _leave_it_to_the_first() -> None:
+    """Of several processes with the same mistake the first one tells it; torchrun then ends the others. One that made
+    it alone tells it after that time."""
+    if int(os.environ.get("RANK", "0")) > 0:
+        time.sleep(ALONE_SECONDS)
 
 
 def stage(module: str, function: str, doc: str | None, argv: Sequence[str] | None = None) -> int:

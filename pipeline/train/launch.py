@@ -24,7 +24,7 @@ SCRIPT = "train.sbatch"
 # Seconds that a process told to end has for its step and for saving, before whoever started it kills it.
 GRACE = 600
 # torchrun's own limit is 30, which is less than a large model's step and checkpoint.
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", f"--shutdown-timeout={GRACE}")
+TORCHRUN = (sys.executable, "-m", "stages.torchrun", f"--shutdown-timeout={GRACE}")
 
 
 def command(cfg: Config, overrides: Sequence[str]) -> list[str]:
