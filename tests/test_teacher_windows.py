@@ -287,6 +287,9 @@ def test_a_modifier_goes_with_the_noun_after_it(answer, expected):
         ("What shape is red?", "circle", {}),
         ("How many red shapes are there?", "three", {"many": "shapes", "red": "shapes", "three": "shapes"}),
         ("What is above the circle?", "a red star", {"red": "star"}),
+        ("", "A man eats an orange.", {}),
+        ("What does the man eat?", "An orange.", {}),
+        ("", "The star beside the circle is the small one.", {}),
     ],
 )
 def test_clauses_carry_a_modifier_back_to_its_noun(question, answer, expected):

@@ -32,6 +32,7 @@ ENDINGS = ("ful", "ous", "ish", "less", "shaped", "coloured", "colored", "haired
 MODIFIER_NOT = _listed("furnish fish dish finish polish publish british radish unless bless handful")
 ADVERBS = _listed("very quite rather really so too fairly mostly partly slightly bright light dark")
 LINKS = _listed("and or")
+ARTICLES = _listed("a an the this that these those")
 COPULAS = _listed("is are was were be been being looks look seems seem appears appear")
 CLOSED = (
     _listed("""
@@ -91,7 +92,7 @@ def heads(text: str, spans: list[tuple[int, int]], answer: int, level: str) -> l
     for index, modifier in enumerate(modifiers):
         if modifier:
             head = _after(index, lowered, gaps, nouns, modifiers)
-            if head is None and level == "clause":
+            if head is None and level == "clause" and not _named(index, lowered, gaps, modifiers):
                 head = _before(index, lowered, gaps, nouns, modifiers, spans, answer)
             out[index] = index if head is None else head
     return out
@@ -121,6 +122,14 @@ def _after(index, lowered, gaps, nouns, modifiers) -> int | None:
             return None
         here = following
     return None
+
+
+def _named(index, lowered, gaps, modifiers) -> bool:
+    """Whether an article opens a run of modifiers without a noun, which are one then: "an orange", "the small one"."""
+    here = index
+    while here and modifiers[here - 1] and not gaps[here - 1].strip():
+        here -= 1
+    return bool(here) and lowered[here - 1] in ARTICLES and not gaps[here - 1].strip()
 
 
 def _before(index, lowered, gaps, nouns, modifiers, spans, answer) -> int | None:
