@@ -55,6 +55,10 @@ def test_defaults_are_the_embedded_world():
         ("model.attention=flash_attention_2", ["model.attention 'flash_attention_2'", "sdpa, eager"]),
         ("engine.workers=-1", ["engine.workers"]),
         ("train.method=none", ["train.method", "lora"]),
+        ("data.name=../x", ["cannot name a folder"]),
+        ("+data.splits={a/b: x.json}", ["'a/b' cannot name a folder"]),
+        ("+data.columns={picture: x}", ["data.columns.picture"]),
+        ("data.seed=-1", ["give 0 or more"]),
     ],
 )
 def test_wrong_settings_are_refused_in_one_line(override, says):

@@ -315,6 +315,14 @@ def test_odd_values_of_a_table_are_failed_inputs(tmp_path):
     assert Archive(tmp_path / "shards/e/examples/train")[0].meta["when"] == "2020-01-02 00:00:00"
 
 
+def test_a_damaged_table_is_named(tmp_path):
+    file = table(tmp_path / "a.parquet", [{"question": "Q? " * 99, "answer": "A" * n} for n in range(99)])
+    sound = file.read_bytes()
+    file.write_bytes(sound[:8] + b"\xff" * 8 + sound[16:])
+    with pytest.raises(UserError, match=r"a\.parquet: is not a readable parquet \(rows 0 to 98\)"):
+        shard(config(tmp_path, kind="hf", path=str(file)))
+
+
 def test_names_of_files_tell_their_split(tmp_path):
     """As `DatasetDict.save_to_disk` and the hub lay them out; held-out files must not become train."""
     saved = tmp_path / "saved"

@@ -5,6 +5,8 @@ from typing import Any
 
 from pipeline.errors import UserError
 
+COLUMNS = ("answer", "caption", "conversations", "id", "image", "question")
+
 
 @dataclass
 class DataConfig:
@@ -26,7 +28,7 @@ class DataConfig:
         follow_links: accept symbolic links that lead out of the image folder.
         prompt: the question put before a caption, for sources of captions.
         captions: `first` or `all` captions of an image, each as an example of its own.
-        columns: what the columns of a table are called: image, question, answer, conversations, id.
+        columns: what the columns of a table are called: image, question, answer, caption, conversations, id.
         parts: data sets of a mixture by name, each with settings of its own, a `weight` (1 takes it once) and the
             number of inputs that are `expected` of it (0: not known); another number is told, not refused.
         evaluation: splits, folders or files of images that must not be trained on, compared by content.
@@ -58,6 +60,13 @@ class DataConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for what, names in (("name", [self.name]), ("splits", self.splits), ("sizes", self.sizes)):
+            if bad := [name for name in names if name in ("", ".", "..") or "/" in name or "\0" in name]:
+                raise UserError(f"data.{what}: '{bad[0]}' cannot name a folder")
+        if unknown := sorted(self.columns.keys() - set(COLUMNS)):
+            raise UserError(f"data.columns.{unknown[0]}: unknown: a column can be {', '.join(COLUMNS)}")
+        if self.seed < 0:
+            raise UserError(f"data.seed is {self.seed}: give 0 or more")
         if not 1 <= self.shard_size <= 100_000:
             raise UserError(f"data.shard_size is {self.shard_size}: give 1 to 100000")
         if not 0 <= self.max_failed <= 1:

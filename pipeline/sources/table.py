@@ -69,14 +69,19 @@ def _part(batches: Iterator, number: int, start: int, stop: int) -> Iterator[tup
 
 
 def _parquet_rows(path: Path, start: int, stop: int, columns: Sequence[str] | None) -> Iterator[tuple[int, dict]]:
+    import pyarrow as pa
+
     file = _parquet(path)
     wanted = [name for name in columns if name in file.schema_arrow.names] if columns else None
     first = 0
     for group in range(file.num_row_groups):
         count = file.metadata.row_group(group).num_rows
         if first + count > start and first < stop:
-            batches = file.iter_batches(_ROWS, row_groups=[group], columns=wanted, use_threads=False)
-            yield from _part(batches, first, start, stop)
+            try:
+                batches = file.iter_batches(_ROWS, row_groups=[group], columns=wanted, use_threads=False)
+                yield from _part(batches, first, start, stop)
+            except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+                raise _unreadable(path, f"parquet (rows {first} to {first + count - 1})", error) from error
         first += count
 
 
