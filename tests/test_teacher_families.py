@@ -370,6 +370,78 @@ def test_null_text_follows_the_path_back(saved):
     assert tight < 0.9 * loose
 
 
+def published_null_text(pipe, image: Image.Image, prompt: str, count: int, inner: int) -> list[torch.Tensor]:
+    """The latents along the way back, by the algorithm of Mokady et al. written out for one image."""
+    stride, alphas = 1000 // count, pipe.scheduler.alphas_cumprod
+    steps = [1 + stride * number for number in range(count)]
+
+    def encoded(said: str) -> torch.Tensor:
+        ids = pipe.tokenizer(said, padding="max_length", max_length=77, return_tensors="pt").input_ids
+        return pipe.text_encoder(ids)[0]
+
+    def alpha(t: int) -> float:
+        return float(alphas[max(t, 0)])
+
+    def noise_of(x, t, hidden, share):
+        found = pipe.unet(x, t, encoder_hidden_states=hidden).sample
+        return (
+            share**0.5 * found + (1 - share) ** 0.5 * x if pipe.scheduler.config.prediction_type != "epsilon" else found
+        )
+
+    def moved(x, noise, here, there):
+        return there**0.5 * (x - (1 - here) ** 0.5 * noise) / here**0.5 + (1 - there) ** 0.5 * noise
+
+    text_BTC, null_BTC = encoded(prompt), encoded("")
+    way = [latents_of(pipe, image)]
+    for t in steps:
+        here = alpha(t - stride)
+        way.append(moved(way[-1], noise_of(way[-1], t, text_BTC, here), here, alpha(t)))
+    now, out = way[-1], [way[-1]]
+    for number, t in enumerate(reversed(steps)):
+        here, there = alpha(t), alpha(t - stride)
+        noise = noise_of(now, t, text_BTC, here)
+
+        def back(null, now=now, noise=noise, t=t, here=here, there=there):
+            plain = noise_of(now, t, null, here)
+            return moved(now, plain + 7.5 * (noise - plain), here, there)
+
+        with torch.enable_grad():
+            null_BTC = null_BTC.detach().clone().requires_grad_()
+            optimiser = torch.optim.Adam([null_BTC], lr=1e-2 * (1 - number / (2 * count)))
+            for _ in range(inner):
+                loss = torch.nn.functional.mse_loss(back(null_BTC), way[count - 1 - number])
+                optimiser.zero_grad()
+                loss.backward()
+                optimiser.step()
+        now = back(null_BTC.detach())
+        out.append(now)
+    return out
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["sd1", "sd2"])
+def test_null_text_is_the_published_method(saved, name, monkeypatch):
+    pipe = StableDiffusionPipeline.from_pretrained(saved(name), safety_checker=None, local_files_only=True)
+    for part in (pipe.unet, pipe.text_encoder, pipe.vae):
+        part.requires_grad_(False)
+    wanted = published_null_text(pipe, picture(), "a red circle", 4, 3)
+    options = {"inversion": "null-text", "inversion_steps": 4, "inner_steps": 3, "timesteps": []}
+    teacher = load_teacher(config(saved(name), batch_size=1, **options), "cpu")
+    seen, predict, forward = [], teacher.adapter.predict, teacher.adapter.forward
+
+    def noted(latents, *args, capture=None, **kwargs):
+        seen.extend([latents[0]] if capture is not None else [])
+        return predict(latents, *args, capture=capture, **kwargs)
+
+    monkeypatch.setattr(teacher.adapter, "predict", noted)
+    monkeypatch.setattr(teacher.adapter, "forward", lambda x, *args: (seen.append(x[0]), forward(x, *args)))
+    teacher.extract([picture()], [text("", "a red circle")])
+    assert len(seen) == 4
+    for found, (own,) in zip(seen, wanted[:4], strict=True):
+        torch.testing.assert_close(found, own, atol=1e-4, rtol=1e-4)
+
+
 def test_the_null_text_of_an_image_does_not_depend_on_its_batch():
     """Rows that need one step, more, and all of them: each ends as it does by itself."""
     start, target = torch.zeros(3, 2, 4), torch.tensor([0.0, 0.02, 5.0])[:, None, None].expand(3, 2, 4)
