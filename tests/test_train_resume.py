@@ -217,6 +217,20 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(flipped, tmp_pat
     assert same(dict(fresh[0].state_dict()), written[1])
 
 
+def test_what_a_lack_of_memory_asks_for_may_change_in_the_middle(root, whole, capsys):  # noqa: F811
+    cfg = settings(root, *overrides(root, "smaller"))
+    train(replace(cfg, train=replace(cfg.train, max_steps_per_call=4)))
+    smaller = replace(cfg.train, micro_batch=1, gradient_checkpointing=True, logits_mb=64)
+    with pytest.raises(receipts.Stale, match=r"other settings: train\.lr \(\S+ -> 3.0\): set"):
+        train(replace(cfg, train=replace(smaller, lr=3.0)))
+    train(replace(cfg, train=smaller))
+    out = capsys.readouterr().out
+    assert "going on from step 4, equal up to rounding with other train.micro_batch (4 -> 1), " in out
+    assert "train.logits_mb (default -> 64)" in out
+    for row, other in zip(losses(cfg), losses(whole), strict=True):
+        assert row == pytest.approx(other, abs=1e-3)
+
+
 def test_the_run_says_which_checkpoint_it_passed_over(root, whole, capsys):  # noqa: F811
     cfg = settings(root, *overrides(root, "flipped"))
     train(replace(cfg, train=replace(cfg.train, max_steps_per_call=4)))

@@ -41,6 +41,8 @@ STATE = "state"
 RECEIPT = "receipt.json"
 PARTIAL = ".partial"
 WEIGHTS, OPTIMIZER = "model.", "optimizer."
+# Settings of training that only decide how a step is computed: a run may go on with others, as after a lack of memory.
+FREE = ("micro_batch", "gradient_checkpointing", "logits_mb")
 TIMEOUT = timedelta(hours=1)  # of one write: the slowest process's part on slow storage
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
@@ -55,12 +57,14 @@ class Position:
         step: optimizer steps done.
         trackers: what `save` was given.
         damaged: why newer checkpoints were passed over, one line each.
+        changed: settings (`FREE`) that are others now, one line each.
     """
 
     path: Path | None = None
     step: int = 0
     trackers: dict = field(default_factory=dict)
     damaged: tuple[str, ...] = ()
+    changed: tuple[str, ...] = ()
 
 
 class Checkpoints:
@@ -291,7 +295,13 @@ def newest(run: Path, settings: dict, overwrite: bool = False) -> Position:
             shutil.rmtree(path)
             continue
         try:
-            receipt = receipts.check(path / RECEIPT, settings=settings, full=True)
+            changed = _changed(receipts.load(path / RECEIPT).settings, settings)
+            expected = settings
+            if changed:
+                kept = {name: value for name, value in settings["train"].items() if name not in changed}
+                before = {name: old for name, (old, _) in changed.items() if old is not None}
+                expected = settings | {"train": kept | before}
+            receipt = receipts.check(path / RECEIPT, settings=expected, full=True)
         except receipts.Damaged as error:
             damaged.append(str(error).removesuffix(": run the stage again"))
             continue
@@ -300,8 +310,19 @@ def newest(run: Path, settings: dict, overwrite: bool = False) -> Position:
                 raise
             shutil.rmtree(path)
             continue
-        return Position(path, receipt.counts["step"], receipt.counts["trackers"], tuple(damaged))
+        told = tuple(f"train.{name} ({_told(old)} -> {_told(new)})" for name, (old, new) in changed.items())
+        return Position(path, receipt.counts["step"], receipt.counts["trackers"], tuple(damaged), told)
     return Position(damaged=tuple(damaged))
+
+
+def _changed(old: dict, new: dict) -> dict[str, tuple]:
+    """Those of `FREE` that differ, with both values; None stands for the default."""
+    old, new = old.get("train", {}), new.get("train", {})
+    return {name: (old.get(name), new.get(name)) for name in FREE if old.get(name) != new.get(name)}
+
+
+def _told(value: object) -> str:
+    return "default" if value is None else str(value)
 
 
 def best(paths: list[Path]) -> Path | None:

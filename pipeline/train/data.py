@@ -28,9 +28,11 @@ CACHE_BYTES = 512 << 20  # of encoded examples; a small data set is then encoded
 
 @dataclass
 class Share:
-    """One process's part of a global batch: its micro-batches, and how many examples could not be encoded."""
+    """One process's part of a global batch: its micro-batches, how many examples are in them, and how many could not be
+    encoded."""
 
     batches: list[StudentBatch]
+    examples: int
     skipped: int
 
 
@@ -117,7 +119,7 @@ class Batches:
         most = -(-len(whole) // self.ranks)
         wanted = -(-most // self.micro_batch) if self.ranks > 1 else 1
         missing = max(wanted - len(batches), 0)
-        return Share(batches + [self._nothing()] * missing, len(rows) - len(kept))
+        return Share(batches + [self._nothing()] * missing, len(kept), len(rows) - len(kept))
 
     def only(self, index: int) -> StudentBatch | None:
         """A batch of one example; None if it cannot be encoded."""

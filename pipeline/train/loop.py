@@ -91,8 +91,8 @@ def train_loop(
             micro = [batch.to(device) for batch in share.batches]
             own_tokens = sum(int((b.labels[:, 1:] != IGNORED).sum()) for b in micro)
             own_words = sum(int(usable(b).sum()) for b in micro)
-            counts = accelerator.reduce(torch.tensor([own_tokens, own_words, share.skipped], device=device), "sum")
-            *found, skipped = counts.tolist()
+            counts = torch.tensor([own_tokens, own_words, share.examples, share.skipped], device=device)
+            *found, examples, skipped = accelerator.reduce(counts, "sum").tolist()
             tokens, words = (max(n, 1) for n in found)
 
             sums = torch.zeros(4, device=device)
@@ -121,7 +121,7 @@ def train_loop(
             if finite.check(step, ce, aligned, bad_norms, micro):
                 with clock.part("optimizer"):
                     optimizer.step()
-                running.add(language * ce + weight * aligned, ce, aligned, tokens, words, skipped)
+                running.add(language * ce + weight * aligned, ce, aligned, tokens, words, examples, skipped)
             else:
                 running.leave_out()
             optimizer.zero_grad(set_to_none=True)
@@ -132,9 +132,7 @@ def train_loop(
                 line = running.line(done, weight, rate, float(norm), finite.skipped, clock.take())
                 measured = speed.take(running.seconds())
                 if accelerator.is_main_process and line:
-                    # Batches by length have no number of examples to divide by.
-                    share = {} if cfg.by_length else {"words_per_example": line["words"] / cfg.batch_size}
-                    metrics.add(line | share | measured)
+                    metrics.add(line | measured)
                 progress.advance(running.take(), note=note(line))
             loss = evaluated(done)
             if done % cfg.checkpoint_every == 0 or done == stop or ending:

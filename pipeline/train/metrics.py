@@ -10,7 +10,7 @@ from pathlib import Path
 from pipeline import receipts
 
 FILE = "metrics.jsonl"
-COLUMNS = 6  # of what is kept of a step, see `Running.add`
+COLUMNS = 7  # of what is kept of a step, see `Running.add`
 
 
 class Metrics:
@@ -67,10 +67,10 @@ class Running:
         """What a resumed run needs to log the same numbers."""
         return {"rows": [list(row) for row in self.rows], "left_out": self.left_out}
 
-    def add(self, loss: float, ce: float, aligned: float, tokens: int, words: int, skipped: int) -> None:
+    def add(self, loss: float, ce: float, aligned: float, tokens: int, words: int, examples: int, skipped: int) -> None:
         """One step of all processes: the loss as it was optimised, its two parts without their factors, label tokens,
-        aligned words, and examples that could not be encoded."""
-        self.rows.append((loss, ce, aligned, tokens, words, skipped))
+        aligned words, examples, and those that could not be encoded."""
+        self.rows.append((loss, ce, aligned, tokens, words, examples, skipped))
 
     def leave_out(self) -> None:
         """One step whose numbers were not finite."""
@@ -95,7 +95,7 @@ class Running:
         """
         if not self.rows:
             return None
-        loss, ce, aligned, tokens, words, skipped = (
+        loss, ce, aligned, tokens, words, examples, skipped = (
             sum(column) / len(self.rows) for column in zip(*self.rows, strict=True)
         )
         steps = self._made()
@@ -110,6 +110,7 @@ class Running:
             "grad_norm": norm,
             "tokens": tokens,
             "words": words,
+            "words_per_example": words / max(examples, 1),
             "skipped": skipped,
             "nonfinite": nonfinite,
             "seconds_per_step": round(seconds, 4),

@@ -120,7 +120,8 @@ def _train(cfg: Config, run: Path, archive: Archive, left_out: list[int], label:
         for reason in position.damaged:
             print(f"{label}: passed over a damaged checkpoint: {reason}", flush=True)
         if position.path:
-            print(f"{label}: going on from step {start}", flush=True)
+            with_others = f", equal up to rounding with other {', '.join(position.changed)}" if position.changed else ""
+            print(f"{label}: going on from step {start}{with_others}", flush=True)
 
     aligned = cfg.arm.lam > 0
     targets = open_targets(cfg.arm.targets, archive, _maps(cfg), cfg.seed, quality(cfg)) if aligned else None
