@@ -27,7 +27,7 @@ def main() -> int:
 def move(given: list[str]) -> None:
     """Composes the settings and moves one folder."""
     from pipeline.config import compose
-    from pipeline.errors import UserError
+    from pipeline.errors import UserError, room_in
     from pipeline.layout import Layout
 
     plain = [word for word in given if "=" not in word]
@@ -48,7 +48,9 @@ def move(given: list[str]) -> None:
             print(f"hub: pushed {push(folder, place)} files of {folder} to {place}")
         else:
             when = ", the rest when it is used" if lazy else ""
-            print(f"hub: pulled {pull(place, folder, lazy=lazy)} shards from {place} into {folder}{when}")
+            with room_in(folder):
+                fetched = pull(place, folder, lazy=lazy)
+            print(f"hub: pulled {fetched} shards from {place} into {folder}{when}")
 
 
 if __name__ == "__main__":

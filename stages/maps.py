@@ -23,7 +23,7 @@ def main() -> int:
 def exchange(given: list[str]) -> None:
     """Composes the settings and runs one action."""
     from pipeline.config import compose
-    from pipeline.errors import UserError
+    from pipeline.errors import UserError, room_in
     from pipeline.layout import Layout
 
     plain = [word for word in given if "=" not in word]
@@ -38,11 +38,13 @@ def exchange(given: list[str]) -> None:
 
     archive, folder, store = Archive(layout.examples_dir(split)), Path(plain[1]), layout.maps_split_dir(split)
     if plain[0] == "export":
-        result = export(archive, MapStore(store), folder)
+        with room_in(folder):
+            result = export(archive, MapStore(store), folder)
     else:
         if (store / "manifest.json").exists():
             raise UserError(f"{store}: has maps already: name another teacher for the imported ones")
-        result = import_maps(archive, folder, store)
+        with room_in(store):
+            result = import_maps(archive, folder, store)
     print(f"maps: {plain[0]}ed {result.summary}")
 
 

@@ -1,7 +1,9 @@
 """`stages.hub` and `stages.maps` as commands: shards and maps to a URL, maps to the authors' layout, and back."""
 
+import errno
 import json
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import fsspec
@@ -129,6 +131,16 @@ def test_a_push_to_the_hub_makes_few_commits(made, monkeypatch):
     assert "v1/train/00000.tar" in names
     assert names[-1] == "v1/manifest.json"
     assert isinstance(fsspec.filesystem("hf"), huggingface_hub.HfFileSystem)
+
+
+def test_a_full_disk_is_one_line(made, call, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")  # as a failed write says it, without a name
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    code, said = call(maps, "export", str(tmp_path / "out"), *made.settings, made.here)
+    assert (code, said.count("\n")) == (2, 1)
+    assert f"{tmp_path / 'out'}: no space is left" in said
 
 
 def test_maps_go_to_the_authors_layout_and_back(made, command, call, tmp_path):
