@@ -381,6 +381,18 @@ def test_a_process_whose_examples_are_all_refused_keeps_up_with_a_batch_that_tea
         assert (batch.labels == IGNORED).all() and not len(batch.words) and batch.keys == archive.keys[:1]
 
 
+def test_too_many_refused_are_counted_over_all_processes(root, tmp_path, monkeypatch):
+    cfg = settings(root)
+    archive = Archive(Layout(cfg).examples_dir("train"))
+    refusing(monkeypatch, [archive.keys[0], *archive.keys[2:4]])
+    plan = SimpleNamespace(batch_size=4, at=lambda step: list(range(4 * step, 4 * step + 4)))
+    given = {"micro_batch": 1, "ranks": 2, "skipped_file": tmp_path / "skipped", "max_failed": 0.2}  # two of twelve
+    first, second = (Batches(archive, plan, load_student(cfg.model).family, None, rank=n, **given) for n in range(2))
+    assert first.at(0).skipped == 1
+    with pytest.raises(UserError, match="3 of 12 examples cannot be encoded"):
+        second.at(0)
+
+
 # --- targets --------------------------------------------------------------------------------------------------------
 
 

@@ -80,7 +80,7 @@ class Batches:
         micro_batch: examples per forward pass.
         rank, ranks: this process and how many there are; each takes a contiguous part of every global batch.
         skipped_file: where examples that the student cannot take are written, one JSON line each with the reason.
-        max_failed: share of the archive that may fail before the run stops.
+        max_failed: share of the archive that may fail before the run stops, over all processes that share the file.
         cache_bytes: encoded examples that are kept.
     """
 
@@ -174,9 +174,10 @@ class Batches:
         self.refused[index] = reason
         with self.skipped_file.open("a", encoding="utf-8") as out:
             out.write(line(key, reason))
-        if len(self.refused) > self.limit:
+        # Each process meets its own: what they share is the file.
+        if (found := len(refused(self.skipped_file))) > self.limit:
             raise UserError(
-                f"{len(self.refused)} of {len(self.archive)} examples cannot be encoded for this student, more than "
+                f"{found} of {len(self.archive)} examples cannot be encoded for this student, more than "
                 f"data.max_failed allows; the last: {key}: {reason} (all in {self.skipped_file})"
             )
 
