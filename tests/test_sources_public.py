@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 from quick_disk import quick_disk  # noqa: F401 (used by every test)
 
+from pipeline import receipts
 from pipeline.archive import status
 from pipeline.archive.read import Archive, read_table
 from pipeline.archive.stage import shard
@@ -355,6 +356,13 @@ def test_a_folder_of_images(tmp_path):
     assert [(item.image.relative_to(tmp_path / "cats").as_posix(), texts(item)[1]) for item in found] == [
         ("train/dog/1.png", "A dog."), (long, "None."),
     ]  # fmt: skip
+    (tmp_path / "shown" / "dog").mkdir(parents=True)
+    (tmp_path / "shown" / "dog" / "1.png").write_bytes(png())
+    shown = {"kind": "hf", "path": str(tmp_path / "shown")}
+    shard(config(tmp_path, **shown))
+    (tmp_path / "shown" / "dog").rename(tmp_path / "shown" / "cow")
+    with pytest.raises(receipts.Stale, match="names"):
+        shard(config(tmp_path, **shown))
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="neither tables"):
         items(kind="hf", path=str(tmp_path / "empty"))

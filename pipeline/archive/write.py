@@ -172,7 +172,8 @@ def _read_again(job: Job) -> Iterator[tuple[Row, Example | None]]:
 
 def make_example(item: RawItem, key: str, split: str, rules: Rules, root: Path | None) -> tuple[Row, Example | None]:
     """The table's row for a raw item, and its example if it is good."""
-    item = replace(item, id=item.id.encode("utf-8", "replace").decode())  # JSON may hold half a character
+    if not item.id.isascii():  # JSON may hold half a character
+        item = replace(item, id=item.id.encode("utf-8", "replace").decode())
     row = Row(key=key, id=item.id, status=OK)
     try:
         if item.failure:

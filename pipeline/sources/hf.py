@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline import receipts
 from pipeline.errors import UserError
 from pipeline.sources.base import Failure, FileSource, RawItem, needs_path, one_turn, split_files
 from pipeline.sources.config import DataConfig
@@ -204,3 +205,12 @@ class Pictures(FileSource):
                 yield RawItem(name, path, None, Failure("missing_text", "the image lies in no folder that names it"))
             else:
                 yield RawItem(name, path, {"conversations": one_turn(self.prompt, label.replace("_", " "))})
+
+    def fingerprint(self, stamp: Path) -> dict[str, str]:
+        names = {
+            f"{split}.names": receipts.hash_bytes(
+                "\0".join(str(file.relative_to(self.root)) for file in files).encode("utf-8", "surrogateescape")
+            )
+            for split, files in sorted(self.files.items())
+        }
+        return {**super().fingerprint(stamp), **names}  # the folders' names are the answers

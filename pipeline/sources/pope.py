@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.errors import UserError
 from pipeline.examples import IMAGE_MARKER
-from pipeline.sources.base import Failure, RawItem, Source, hash_files
+from pipeline.sources.base import Failure, RawItem, Source, content_hash
 from pipeline.sources.config import DataConfig
 
 if TYPE_CHECKING:
@@ -57,8 +57,10 @@ class Pope(Source):
             yield self._item(split, number, line)
 
     def fingerprint(self, stamp: Path) -> dict[str, str]:
-        found = hash_files(sorted(self.files.values()), stamp)
-        return {f"{split}.sha256": found[file.name] for split, file in sorted(self.files.items())}
+        return {
+            f"{split}.sha256": content_hash([file], stamp.with_name(f"{stamp.stem}-{split}{stamp.suffix}"))
+            for split, file in sorted(self.files.items())
+        }
 
     def _item(self, split: str, number: int, line: str) -> RawItem:
         name = f"{split}/{number}"
